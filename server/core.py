@@ -1,0 +1,143 @@
+"""The nouns that rooms hand to each other, and nothing else.
+
+Everything here is a frozen value without behaviour beyond derived numbers. What crosses to the
+engine process is encoded as it stands; pixels travel beside it as raw uint8 (`Tiles`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Tiles: TypeAlias = npt.NDArray[np.uint8]
+"""The square pictures of one medium, uint8 [tiles, tile_size, tile_size, 3], RGB."""
+
+MediaKind = Literal["image", "video"]
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class VisionSpec:
+    """How one checkpoint wants pixels cut and how many tokens it makes of them.
+
+    Shared by the code that counts tokens and the code that makes features, so that they agree.
+    Sizes are (height, width) in pixels.
+    """
+
+    tile_size: int
+    candidate_resolutions: tuple[tuple[int, int], ...]
+    image_queries: int
+    video_slow_queries: int
+    video_fast_queries: int
+    first_last_frames_slow: bool
+    max_canvases: int
+    image_token_id: int
+    video_token_id: int | None
+    pad_to_square: bool = True
+    unpad: bool = True
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    rescale_factor: float = 1 / 255
+    resample: int = 3  # PIL.Image.Resampling value; 3 is BICUBIC
+    frames_per_canvas: int = 9
+
+    @property
+    def pad_colour(self) -> tuple[int, int, int]:
+        """The colour around a letterboxed picture: per-channel int(mean * 255)."""
+        red, green, blue = self.image_mean
+        return int(red * 255), int(green * 255), int(blue * 255)
+
+    @property
+    def max_frames(self) -> int:
+        """The most frames a video is sampled to."""
+        return self.max_canvases * self.frames_per_canvas
+
+
+@dataclass(frozen=True, slots=True)
+class VisionLayout:
+    """Which features of a medium's tiles are kept, and in which order.
+
+    `tile_queries[i]` is the number of features (a square number) tile i is pooled to.
+    With a `local_grid` of (tile rows, tile columns), tile 0 is the thumbnail and the others form,
+    row-major, one feature map of which `kept` = (top, left, rows, columns) survives the unpad crop.
+    `newline` appends the newline embedding: to each kept row, or once to a lone thumbnail.
+    """
+
+    tile_queries: tuple[int, ...]
+    local_grid: tuple[int, int] | None = None
+    kept: tuple[int, int, int, int] | None = None
+    newline: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        if self.local_grid is None or self.kept is None:
+            return sum(self.tile_queries) + int(self.newline)
+        _, _, rows, columns = self.kept
+        return self.tile_queries[0] + rows * (columns + int(self.newline))
+
+
+@dataclass(frozen=True, slots=True)
+class VisionInput:
+    """One picture or video as the engine sees it; its tiles travel beside it.
+
+    `digest` is the SHA-256 (hex) over the tiles and the settings that made them: it is computed
+    here from bytes we saw and is the only key under which the medium may be cached.
+    """
+
+    kind: MediaKind
+    layout: VisionLayout
+    digest: str
+
+    @property
+    def num_tokens(self) -> int:
+        return self.layout.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the tokens of one request are chosen and when they end.
+
+    `temperature` 0 is greedy. `top_k` 0 is off. `stop_token_ids` end the answer and are not part
+    of its text; whether the model's own ends are among them was decided by `ignore_eos`.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """What the engine is asked for: ids in, ids out.
+
+    `vision_starts[i]` is the index in `prompt_ids` of the first of the `vision[i].num_tokens`
+    placeholder ids of medium i.
+    """
+
+    request_id: str
+    tenant: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    vision: tuple[VisionInput, ...] = ()
+    vision_starts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One step of one answer. The last event of a request, and only it, has a finish reason.
+
+    `token_id` is None where a request ends without a token (abort, error). `error_code` is one of
+    the contract's codes and is set exactly when `finish_reason` is "error".
+    """
+
+    request_id: str
+    token_id: int | None
+    finish_reason: FinishReason | None = None
+    error_code: str | None = None
