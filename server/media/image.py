@@ -1,0 +1,153 @@
+"""From the bytes of a picture to upright 8-bit RGB pixels (Pillow).
+
+The one rule of conversion, whatever the file's mode: samples are scaled to 8 bits (of deeper ones
+the high byte is kept), the EXIF orientation is applied, every kind of transparency is flattened on
+white, colour profiles are ignored (CMYK is converted without one), and of an animation the first
+frame is taken. Pure functions of (bytes, settings); must not know where bytes come from or what
+pixels are for.
+"""
+
+import io
+from typing import Final
+
+import numpy as np
+from PIL import Image
+
+from server.config import MediaConfig
+from server.errors import MediaError, MediaTooLarge, UnsupportedMediaType
+
+_ORIENTATION_TAG: Final = 0x0112
+_WHITE: Final = (255, 255, 255)
+_UPRIGHT: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_MAX_OPEN_PIXELS: Final = 2 * 89_478_485  # where Pillow's own bomb check begins to raise
+
+
+def sniff_image(data: bytes) -> str | None:
+    """Pillow's name of the format that the first bytes announce, among those accepted."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    if data.startswith(b"BM"):
+        return "BMP"
+    return None
+
+
+def decode_image(data: bytes, config: MediaConfig) -> Image.Image:
+    """The picture, upright, in mode RGB."""
+    image_format = sniff_image(data)
+    if image_format is None:
+        raise UnsupportedMediaType(
+            "The image is in no accepted format: JPEG, PNG, WebP, GIF or BMP.", kind="image"
+        )
+    try:
+        with Image.open(io.BytesIO(data), formats=(image_format,)) as image:
+            _check_size(image.size, config)
+            image.load()
+            if image_format == "PNG":
+                _scale_transparent_colour(image, bit_depth=data[24])
+            orientation = _orientation(image)
+            rgb = to_rgb(image)
+        return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+    except MediaError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_many_pixels(config) from error
+    except Exception as error:  # decoders raise nearly anything; the text is not for the caller
+        raise MediaError("The image is damaged or incomplete.", kind="image") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode to RGB by the rule at the head of this file."""
+    transparent = image.info.get("transparency")
+    match image.mode:
+        case "RGB" if transparent is None:
+            return image.copy()
+        case "RGB":
+            pixels = np.array(image)
+            pixels[(pixels == np.asarray(transparent)).all(axis=-1)] = _WHITE
+            return Image.fromarray(pixels)
+        case "1" | "L" | "I;16" | "I;16L" | "I;16B" | "I;16N" | "I" | "F":
+            return _grey_to_rgb(image, transparent)
+        case "P" | "PA" | "LA" | "La" | "RGBA" | "RGBa":
+            if image.mode == "P" and transparent is None and not image.has_transparency_data:
+                return image.convert("RGB")
+            rgba = image.convert("RGBA")
+            white = Image.new("RGB", image.size, _WHITE)
+            white.paste(rgba, mask=rgba.getchannel("A"))
+            return white
+        case _:  # CMYK, YCbCr, LAB, HSV, RGBX: no transparency
+            return image.convert("RGB")
+
+
+def _grey_to_rgb(image: Image.Image, transparent: object) -> Image.Image:
+    samples = np.asarray(image)
+    if image.mode == "1":
+        grey = np.where(samples, 255, 0).astype(np.uint8)
+        is_transparent = grey == transparent
+    else:
+        is_transparent = samples == transparent
+        if image.mode == "L":
+            grey = samples.copy()
+        elif image.mode == "F":  # floats have no agreed range: they are taken as 0 to 255
+            grey = np.rint(np.clip(np.nan_to_num(samples), 0, 255)).astype(np.uint8)
+        else:
+            grey = (np.clip(samples.astype(np.int32), 0, 65_535) >> 8).astype(np.uint8)
+    if transparent is not None:
+        grey[is_transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _check_size(size: tuple[int, int], config: MediaConfig) -> None:
+    """Refuse by the header, before any pixel is decoded."""
+    width, height = size
+    if width < 1 or height < 1:
+        raise MediaError("The image has no pixels.", kind="image")
+    if width * height > config.max_image_pixels:
+        raise _too_many_pixels(config)
+    if max(size) > config.max_image_side:
+        raise MediaTooLarge(
+            f"The image is {width} x {height} pixels; a side may have {config.max_image_side}.",
+            kind="image",
+        )
+    if max(size) > config.max_image_aspect * min(size):
+        raise MediaTooLarge(
+            f"The image is {width} x {height} pixels; its longer side may be at most "
+            f"{config.max_image_aspect:g} times its shorter.",
+            kind="image",
+        )
+
+
+def _too_many_pixels(config: MediaConfig) -> MediaTooLarge:
+    limit = min(config.max_image_pixels, _MAX_OPEN_PIXELS)
+    return MediaTooLarge(f"The image has more than {limit} pixels.", kind="image")
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; a viewer shows a picture with unreadable EXIF as it lies."""
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:
+        return 1
+
+
+def _scale_transparent_colour(image: Image.Image, *, bit_depth: int) -> None:
+    """Pillow scales a PNG's samples to its mode but leaves the transparent colour unscaled."""
+    transparent = image.info.get("transparency")
+    if image.mode == "L" and bit_depth < 8 and isinstance(transparent, int):
+        image.info["transparency"] = transparent * 255 // (2**bit_depth - 1)
+    elif image.mode == "RGB" and bit_depth == 16 and transparent is not None:
+        # of 16-bit colours only the high bytes are left to compare
+        image.info["transparency"] = tuple(sample >> 8 for sample in transparent)

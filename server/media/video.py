@@ -1,0 +1,455 @@
+"""From the bytes of a video to the few upright RGB frames that are looked at, and their times.
+
+The only file that meets FFmpeg (through PyAV). Pure functions of (bytes, settings) and of two
+callables that know what the frames are for: `sample_times` names the moments wanted, and `fit`
+makes a decoded frame small at once, so that full-size frames are never held.
+
+All packets are read first, without decoding them. Their timestamps say which frame belongs to
+which moment, and their keyframe flags from where each can be decoded, so that only those stretches
+are decoded. Where that knowledge turns out wrong (no timestamps, damage, hidden frames),
+everything is decoded instead; the result is the same by construction.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Final, TypeAlias
+
+import av
+from av.sidedata.sidedata import SideData
+from av.stream import Discard, Disposition
+from PIL import Image
+
+from server.config import MediaConfig
+from server.errors import MediaError, MediaTooLarge, UnsupportedMediaType
+
+SampleTimes: TypeAlias = Callable[[float], Sequence[float]]
+"""From a duration to the wanted moments in seconds after the first frame, ascending."""
+Fit: TypeAlias = Callable[[Image.Image], Image.Image]
+"""From a full-size RGB frame to what is kept of it."""
+_Packet: TypeAlias = "av.Packet[av.VideoStream]"
+
+_STILL_BRANDS: Final = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"avif", b"crx ")
+_MOV_ATOMS: Final = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp")
+_CODECS: Final = {"h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "mpeg4", "mjpeg", "gif"}
+_INPUT_OPTIONS: Final = {
+    # Without these FFmpeg probes playlist-like bytes into demuxers that open files and sockets.
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif",
+    "protocol_whitelist": "none",
+    # Decoders that may run already while the streams are being probed.
+    "codec_whitelist": ",".join(sorted(_CODECS)),
+}
+_NOT_THE_VIDEO: Final = Disposition.attached_pic | Disposition.timed_thumbnails
+_SAME_MOMENT_S: Final = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedVideo:
+    """The chosen frames in time order, fitted; times in seconds after the video's first frame."""
+
+    frames: tuple[Image.Image, ...]
+    times_s: tuple[float, ...]
+    duration_s: float
+
+
+def sniff_video(data: bytes) -> str | None:
+    """FFmpeg's name of the container that the first bytes announce, among those accepted."""
+    if data[4:8] in _MOV_ATOMS:
+        return None if data[4:12].startswith(b"ftyp") and data[8:12] in _STILL_BRANDS else "mov"
+    if data.startswith(b"\x1a\x45\xdf\xa3"):
+        return "matroska"
+    if data.startswith(b"RIFF") and data[8:12] == b"AVI ":
+        return "avi"
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return "gif"
+    return None
+
+
+def decode_video(
+    data: bytes, config: MediaConfig, *, sample_times: SampleTimes, fit: Fit
+) -> DecodedVideo:
+    """For each wanted moment the nearest frame at or before it, no frame twice."""
+    container_format = sniff_video(data)
+    if container_format is None:  # decided before FFmpeg sees a byte
+        raise UnsupportedMediaType(
+            "The video is in no accepted container: MP4, MOV, MKV, WebM, AVI or GIF.", kind="video"
+        )
+    deadline = time.monotonic() + config.video_decode_timeout_s
+    try:
+        with av.open(
+            io.BytesIO(data),
+            mode="r",
+            format=container_format,
+            options=_INPUT_OPTIONS,
+            metadata_errors="replace",
+            timeout=config.video_decode_timeout_s,
+        ) as container:
+            stream = _video_stream(container)
+            _check_header(container, stream, config)
+            packets = _read_packets(container, stream, config, deadline)
+            return _decode(
+                _Decoder(stream, packets, config, deadline),
+                config,
+                is_avi=container_format == "avi",
+                sample_times=sample_times,
+                fit=fit,
+            )
+    except MediaError:
+        raise
+    except Exception as error:  # decoders raise nearly anything; the text is not for the caller
+        _check_deadline(deadline, config)  # FFmpeg's own time-out reads like damage
+        raise MediaError("The video is damaged or incomplete.", kind="video") from error
+
+
+def choose_frames(times_s: Sequence[float], wanted_s: Sequence[float]) -> list[int]:
+    """Ascending indices into `times_s` (ascending): the nearest at or before each moment, once."""
+    chosen: list[int] = []
+    for moment in wanted_s:
+        index = max(0, bisect_right(times_s, moment + _SAME_MOMENT_S) - 1)
+        if not chosen or index > chosen[-1]:
+            chosen.append(index)
+    return chosen
+
+
+def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
+    """The first stream of an accepted codec that is a video; cover art is not."""
+    streams = [s for s in container.streams.video if not s.disposition & _NOT_THE_VIDEO]
+    if not streams:
+        raise MediaError("The file has no video stream.", kind="video")
+    # there is no codec context where FFmpeg does not know the codec
+    known = [stream for stream in streams if stream.codec_context is not None]
+    if not known:
+        raise MediaError("The video's codec is unknown, or the file is incomplete.", kind="video")
+    for stream in known:
+        if stream.codec_context.codec.name in _CODECS:
+            return stream
+    raise UnsupportedMediaType(
+        "The video's codec is not accepted; accepted are H.264, HEVC, VP8, VP9, AV1, MPEG-4, "
+        "Motion JPEG and GIF.",
+        kind="video",
+    )
+
+
+def _check_header(
+    container: av.container.InputContainer, stream: av.VideoStream, config: MediaConfig
+) -> None:
+    """Refuse by what the header says, before anything is decoded. It need not be the truth."""
+    _check_frame_size(stream.codec_context.width, stream.codec_context.height, config)
+    if stream.duration is not None and stream.time_base is not None:
+        _check_duration(stream.duration * stream.time_base, config)
+    elif container.duration is not None:
+        _check_duration(Fraction(container.duration, av.time_base), config)
+
+
+def _check_frame_size(width: int, height: int, config: MediaConfig) -> None:
+    if width * height > config.max_video_pixels:
+        raise MediaTooLarge(
+            f"The video's frames are {width} x {height} pixels; the limit is "
+            f"{config.max_video_pixels} pixels.",
+            kind="video",
+        )
+
+
+def _check_duration(duration_s: Fraction, config: MediaConfig) -> None:
+    if duration_s > config.max_video_duration_s:
+        raise MediaTooLarge(
+            f"The video lasts {float(duration_s):.1f} s; the limit is "
+            f"{config.max_video_duration_s:g} s.",
+            kind="video",
+        )
+
+
+def _check_deadline(deadline: float, config: MediaConfig) -> None:
+    if time.monotonic() > deadline:
+        raise MediaTooLarge(
+            f"The video takes longer to decode than {config.video_decode_timeout_s:g} s.",
+            kind="video",
+        )
+
+
+def _read_packets(
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    config: MediaConfig,
+    deadline: float,
+) -> list[_Packet]:
+    """The stream's packets in decoding order, as far as the file can be read."""
+    for other in container.streams:
+        if other.index != stream.index:
+            other.discard = Discard.all
+    packets: list[_Packet] = []
+    demuxed = container.demux(stream)
+    while True:
+        try:
+            packet = next(demuxed)
+        except (StopIteration, av.FFmpegError):  # a truncated file is served as far as it goes
+            break
+        _check_deadline(deadline, config)
+        # an empty packet would end the decoding; a cut one would give half a frame
+        if packet.size == 0 or packet.is_corrupt:
+            continue
+        if len(packets) == config.max_video_packets:
+            raise MediaTooLarge(
+                f"The video has more than {config.max_video_packets} packets.", kind="video"
+            )
+        packets.append(packet)
+    if not packets:
+        raise MediaError("The video has no frames.", kind="video")
+    return packets
+
+
+@dataclass(frozen=True, slots=True)
+class _Timeline:
+    """When the frames of a video are shown, first to last, in ticks of the stream's time base."""
+
+    ticks: tuple[int, ...]
+    last_duration: int
+    time_base: Fraction
+
+    @property
+    def duration_s(self) -> Fraction:
+        """From the first frame to the end of the last, which at least lasts as the average does."""
+        span = self.ticks[-1] - self.ticks[0]
+        last: int | Fraction = self.last_duration
+        if last <= 0 and len(self.ticks) > 1:
+            last = Fraction(span, len(self.ticks) - 1)
+        return (span + max(last, 0)) * self.time_base
+
+    def seconds(self, ticks: Sequence[int]) -> list[float]:
+        numerator, denominator = self.time_base.as_integer_ratio()
+        return [(tick - self.ticks[0]) * numerator / denominator for tick in ticks]
+
+
+def _shown_packets(packets: list[_Packet]) -> list[int] | None:
+    """Indices of the packets whose frames are shown, in the order of their presentation times.
+
+    None where those times are not a frame's name: unknown or used twice. An edit list discards
+    packets that are needed for decoding only.
+    """
+    times: dict[int, int] = {}
+    for index, packet in enumerate(packets):
+        if packet.is_discard:
+            continue
+        if packet.pts is None or packet.pts in times:
+            return None
+        times[packet.pts] = index
+    return [times[tick] for tick in sorted(times)] or None
+
+
+def _stretches(packets: list[_Packet], wanted: Sequence[int]) -> list[range]:
+    """The least of the packets that decodes the wanted ones, each stretch from a keyframe on.
+
+    A frame that is shown before a keyframe may need what lies before that keyframe, even where it
+    is stored after it (open groups of pictures). Where no keyframe serves, from the first packet.
+    """
+    last_keyframe: list[int] = []
+    for index, packet in enumerate(packets):
+        last_keyframe.append(
+            index if packet.is_keyframe else last_keyframe[-1] if last_keyframe else -1
+        )
+    spans: list[tuple[int, int]] = []
+    for index in wanted:
+        start = last_keyframe[index]
+        shown_at = packets[index].pts or 0
+        while start >= 0 and not _is_at_or_before(packets[start], shown_at):
+            start = last_keyframe[start - 1] if start else -1
+        spans.append((max(start, 0), index + 1))
+    stretches: list[range] = []
+    for start, stop in sorted(spans):
+        if stretches and start <= stretches[-1].stop:
+            stretches[-1] = range(stretches[-1].start, max(stop, stretches[-1].stop))
+        else:
+            stretches.append(range(start, stop))
+    return stretches
+
+
+def _is_at_or_before(packet: _Packet, tick: int) -> bool:
+    return packet.pts is not None and packet.pts <= tick
+
+
+class _Decoder:
+    """One stream's packets, decodable in ascending stretches. `num_damaged` counts trouble."""
+
+    def __init__(
+        self,
+        stream: av.VideoStream,
+        packets: list[_Packet],
+        config: MediaConfig,
+        deadline: float,
+    ) -> None:
+        self.packets = packets
+        self.time_base = Fraction(stream.time_base or 0)
+        self.num_damaged = 0
+        self._config = config
+        self._deadline = deadline
+        self._context = stream.codec_context
+        self._context.thread_type = "AUTO"
+        self._context.thread_count = config.decode_threads
+        # Sizes are checked frame by frame; this stops FFmpeg from making a monstrous one first.
+        # Four times the limit, because it counts the padding that decoders add.
+        self._context.options = {"max_pixels": str(4 * config.max_video_pixels)}
+
+    def frames(self, stretches: Sequence[range]) -> Iterator[av.VideoFrame]:
+        """The frames of those packets in the order they are shown; undecodable ones are missing."""
+        if sum(map(len, stretches)) > self._config.max_video_frames_decoded:
+            raise MediaTooLarge(
+                "More frames of the video would have to be decoded than the limit of "
+                f"{self._config.max_video_frames_decoded}.",
+                kind="video",
+            )
+        for stretch in stretches:
+            self._context.flush_buffers()
+            for index in stretch:
+                yield from self._decoded(self.packets[index])
+            yield from self._decoded(None)
+
+    def _decoded(self, packet: _Packet | None) -> list[av.VideoFrame]:
+        _check_deadline(self._deadline, self._config)
+        try:
+            frames = self._context.decode(packet)
+        except av.FFmpegError:
+            self.num_damaged += 1
+            return []
+        for frame in frames:
+            _check_frame_size(frame.width, frame.height, self._config)
+            self.num_damaged += frame.is_corrupt
+        return frames
+
+
+class _Kept:
+    """The frames chosen so far, fitted."""
+
+    def __init__(self, fit: Fit) -> None:
+        self._fit = fit
+        self._size: tuple[int, int] | None = None
+        self._frames: list[Image.Image] = []
+        self._times_s: list[float] = []
+
+    def add(self, frame: av.VideoFrame, time_s: float) -> None:
+        picture = _upright_rgb(frame)
+        if self._size is None:
+            self._size = picture.size
+        elif picture.size != self._size:  # the size may change in mid-stream
+            picture = picture.resize(self._size, Image.Resampling.BICUBIC)
+        self._frames.append(self._fit(picture))
+        self._times_s.append(time_s)
+
+    def video(self, duration_s: Fraction) -> DecodedVideo:
+        return DecodedVideo(tuple(self._frames), tuple(self._times_s), float(duration_s))
+
+
+def _decode(
+    decoder: _Decoder,
+    config: MediaConfig,
+    *,
+    is_avi: bool,
+    sample_times: SampleTimes,
+    fit: Fit,
+) -> DecodedVideo:
+    """Decode what the packets' times call for; everything, where they cannot be relied on."""
+    shown = _shown_packets(decoder.packets)
+    if shown is None:
+        return _decode_everything(decoder, None, config, sample_times=sample_times, fit=fit)
+    timeline = _Timeline(
+        ticks=tuple(decoder.packets[index].pts or 0 for index in shown),
+        last_duration=decoder.packets[shown[-1]].duration or 0,
+        time_base=decoder.time_base,
+    )
+    _check_duration(timeline.duration_s, config)
+    times_s = timeline.seconds(timeline.ticks)
+    chosen = choose_frames(times_s, sample_times(float(timeline.duration_s)))
+    kept = _Kept(fit)
+    num_decoded = 0
+    if is_avi:
+        # AVI stores no presentation times: FFmpeg's are in the order of decoding, right as a set
+        # and wrong as names. So frames are counted.
+        wanted = {index: times_s[index] for index in chosen}
+        for num_decoded, frame in enumerate(decoder.frames([range(len(decoder.packets))]), 1):
+            if num_decoded - 1 in wanted:
+                kept.add(frame, wanted.pop(num_decoded - 1))
+        is_as_planned = num_decoded == len(decoder.packets)
+    else:
+        wanted = {timeline.ticks[index]: times_s[index] for index in chosen}
+        stretches = _stretches(decoder.packets, [shown[index] for index in chosen])
+        # A packet marked as a keyframe may be none (H.264 with gradual refresh); then its own
+        # frame is not shown when decoding begins there.
+        entries = {decoder.packets[stretch.start].pts for stretch in stretches if stretch.start}
+        is_in_order, previous = True, -math.inf
+        for frame in decoder.frames(stretches):
+            if frame.pts is None or frame.pts <= previous:
+                is_in_order = False
+                break
+            previous = frame.pts
+            if frame.key_frame:
+                entries.discard(frame.pts)
+            if frame.pts in wanted:
+                kept.add(frame, wanted.pop(frame.pts))
+        is_as_planned = is_in_order and not wanted and not entries
+    if is_as_planned and not decoder.num_damaged:
+        return kept.video(timeline.duration_s)
+    return _decode_everything(decoder, timeline, config, sample_times=sample_times, fit=fit)
+
+
+def _decode_everything(
+    decoder: _Decoder,
+    timeline: _Timeline | None,
+    config: MediaConfig,
+    *,
+    sample_times: SampleTimes,
+    fit: Fit,
+) -> DecodedVideo:
+    """Two passes over all packets: for the times of what decodes, then for the frames chosen."""
+    everything = [range(len(decoder.packets))]
+    ticks: list[int] = []
+    last_duration = 0
+    for frame in decoder.frames(everything):
+        after_previous = ticks[-1] + max(last_duration, 1) if ticks else 0
+        ticks.append(after_previous if frame.pts is None else frame.pts)
+        last_duration = frame.duration or 0
+    if not ticks:
+        raise MediaError("No frame of the video can be decoded.", kind="video")
+    ticks.sort()  # shown in this order, whatever the file says
+    if timeline is None:
+        timeline = _Timeline(tuple(ticks), last_duration, decoder.time_base)
+        _check_duration(timeline.duration_s, config)
+    times_s = timeline.seconds(ticks)
+    chosen = choose_frames(times_s, sample_times(float(timeline.duration_s)))
+    wanted = {index: times_s[index] for index in chosen}
+    kept = _Kept(fit)
+    for index, frame in enumerate(decoder.frames(everything)):
+        if index in wanted:
+            kept.add(frame, wanted.pop(index))
+        if not wanted:
+            break
+    return kept.video(timeline.duration_s)
+
+
+def _upright_rgb(frame: av.VideoFrame) -> Image.Image:
+    """8-bit RGB as a player would show it: alpha on white, turned by the display matrix."""
+    if any(component.is_alpha for component in frame.format.components):
+        pixels = Image.fromarray(frame.to_ndarray(format="rgba"))
+        picture = Image.new("RGB", pixels.size, (255, 255, 255))
+        picture.paste(pixels, mask=pixels.getchannel("A"))
+    else:
+        picture = Image.fromarray(frame.to_ndarray(format="rgb24"))
+    side_data: Mapping[str, object] = frame.side_data  # its type names one key only
+    matrix = side_data.get("DISPLAYMATRIX")
+    if not isinstance(matrix, SideData):
+        return picture
+    # x' = a x + c y, y' = b x + d y, with y downwards; taken to the nearest quarter turn
+    a, b, _, c, d = struct.unpack_from("=5i", bytes(matrix))
+    is_transposed = abs(b) + abs(c) > abs(a) + abs(d)
+    if is_transposed:
+        picture = picture.transpose(Image.Transpose.TRANSPOSE)
+    if (c if is_transposed else a) < 0:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if (b if is_transposed else d) < 0:
+        picture = picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    return picture

@@ -1,0 +1,393 @@
+"""Pictures to upright RGB: every mode against values worked out by hand, and every refusal."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from server.config import MediaConfig
+from server.errors import MediaError, MediaTooLarge, UnsupportedMediaType
+from server.media.image import decode_image, sniff_image, to_rgb
+
+CONFIG = MediaConfig()
+FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP"]
+GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6  # colour types of PNG
+
+
+def saved(image: Image.Image, image_format: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, image_format, **options)
+    return file.getvalue()
+
+
+def png(
+    size: tuple[int, int],
+    rows: Sequence[bytes],
+    *,
+    depth: int = 8,
+    colour_type: int = RGB,
+    chunks: Sequence[tuple[bytes, bytes]] = (),
+) -> bytes:
+    """A PNG written chunk by chunk, for what Pillow does not write."""
+
+    def chunk(name: bytes, payload: bytes) -> bytes:
+        crc = zlib.crc32(name + payload)
+        return struct.pack(">I", len(payload)) + name + payload + struct.pack(">I", crc)
+
+    header = struct.pack(">IIBBBBB", *size, depth, colour_type, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + b"".join(chunk(name, payload) for name, payload in chunks)
+        + chunk(b"IDAT", pixels)
+        + chunk(b"IEND", b"")
+    )
+
+
+def decoded(data: bytes) -> list[tuple[int, int, int]]:
+    """The pixels, row by row."""
+    image = decode_image(data, CONFIG)
+    assert image.mode == "RGB"
+    return [tuple(pixel) for pixel in np.asarray(image).reshape(-1, 3).tolist()]
+
+
+def on_white(value: int, alpha: int) -> int:
+    return round((value * alpha + 255 * (255 - alpha)) / 255)
+
+
+def grey(*values: int) -> list[tuple[int, int, int]]:
+    return [(value, value, value) for value in values]
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_a_plain_picture_of_each_format(image_format: str) -> None:
+    picture = Image.new("RGB", (20, 10), (200, 30, 40))
+    picture.paste((10, 60, 220), (10, 0, 20, 10))
+    options = {"quality": 100, "subsampling": 0} if image_format == "JPEG" else {}
+    if image_format == "WEBP":
+        options = {"lossless": True}
+    image = decode_image(saved(picture, image_format, **options), CONFIG)
+    assert (image.mode, image.size) == ("RGB", (20, 10))
+    difference = np.abs(np.asarray(image).astype(int) - np.asarray(picture))
+    assert difference.max() <= (3 if image_format == "JPEG" else 0)
+
+
+def test_rgba_is_flattened_on_white() -> None:
+    alphas = [0, 1, 63, 127, 128, 200, 254, 255]
+    row = b"".join(bytes([10, 128, 250, alpha]) for alpha in alphas)
+    expected = [(on_white(10, a), on_white(128, a), on_white(250, a)) for a in alphas]
+    assert decoded(png((8, 1), [row], colour_type=RGBA)) == expected
+    webp = saved(Image.frombytes("RGBA", (8, 1), row), "WEBP", lossless=True, exact=True)
+    assert decoded(webp) == expected
+
+
+def test_la_is_flattened_on_white() -> None:
+    row = bytes([0, 0, 0, 100, 200, 50, 255, 255])
+    expected = grey(255, on_white(0, 100), on_white(200, 50), 255)
+    assert decoded(png((4, 1), [row], colour_type=GREY_ALPHA)) == expected
+
+
+def test_deep_alpha_is_flattened_on_white() -> None:
+    la = struct.pack(">8H", 0, 0xFFFF, 0, 0, 0x8000, 0x40FF, 0xFFFF, 0)
+    expected = grey(0, 255, on_white(0x80, 0x40), 255)
+    assert decoded(png((4, 1), [la], depth=16, colour_type=GREY_ALPHA)) == expected
+    rgba = struct.pack(">8H", 0x1000, 0x20FF, 0x3000, 0xFFFF, 0x1000, 0x2000, 0x3000, 0)
+    expected = [(0x10, 0x20, 0x30), (255, 255, 255)]
+    assert decoded(png((2, 1), [rgba], depth=16, colour_type=RGBA)) == expected
+
+
+def test_rgb_with_a_transparent_colour() -> None:
+    row = bytes([1, 2, 3, 1, 2, 4, 9, 9, 9])
+    data = png((3, 1), [row], chunks=[(b"tRNS", struct.pack(">3H", 1, 2, 3))])
+    assert decoded(data) == [(255, 255, 255), (1, 2, 4), (9, 9, 9)]
+
+
+def test_deep_rgb_with_and_without_a_transparent_colour() -> None:
+    row = struct.pack(">6H", 0x0100, 0x02FF, 0x0300, 0x0500, 0x0600, 0x0700)
+    assert decoded(png((2, 1), [row], depth=16)) == [(1, 2, 3), (5, 6, 7)]
+    chunks = [(b"tRNS", struct.pack(">3H", 0x0500, 0x0600, 0x0700))]
+    assert decoded(png((2, 1), [row], depth=16, chunks=chunks)) == [(1, 2, 3), (255, 255, 255)]
+
+
+def test_grey_with_a_transparent_colour() -> None:
+    chunks = [(b"tRNS", struct.pack(">H", 7))]
+    data = png((3, 1), [bytes([7, 8, 0])], colour_type=GREY, chunks=chunks)
+    assert decoded(data) == grey(255, 8, 0)
+
+
+@pytest.mark.parametrize(
+    ("depth", "row", "values"),
+    [(1, 0b10000000, (255, 0)), (2, 0b01100000, (85, 170)), (4, 0x1E, (17, 238))],
+)
+def test_shallow_grey(depth: int, row: int, values: tuple[int, int]) -> None:
+    data = png((2, 1), [bytes([row])], depth=depth, colour_type=GREY)
+    assert decoded(data) == grey(*values)
+    for index in (0, 1):
+        sample = row >> 8 - depth * (index + 1) & (1 << depth) - 1
+        chunks = [(b"tRNS", struct.pack(">H", sample))]
+        data = png((2, 1), [bytes([row])], depth=depth, colour_type=GREY, chunks=chunks)
+        expected = list(values)
+        expected[index] = 255
+        assert decoded(data) == grey(*expected)
+
+
+def test_16_bit_grey_keeps_the_high_byte() -> None:
+    row = struct.pack(">4H", 0, 0x12FF, 0xFF00, 0x8001)
+    data = png((4, 1), [row], depth=16, colour_type=GREY)
+    assert decoded(data) == grey(0, 0x12, 0xFF, 0x80)
+    chunks = [(b"tRNS", struct.pack(">H", 0x12FF))]
+    data = png((4, 1), [row], depth=16, colour_type=GREY, chunks=chunks)
+    assert decoded(data) == grey(0, 255, 0xFF, 0x80)
+
+
+@pytest.mark.parametrize(
+    ("alphas", "expected"),
+    [
+        (None, [(255, 0, 0), (0, 0, 0), (0, 0, 255)]),
+        (bytes([255, 0]), [(255, 0, 0), (255, 255, 255), (0, 0, 255)]),
+        (bytes([128, 0, 64]), [(255, 127, 127), (255, 255, 255), (191, 191, 255)]),
+    ],
+)
+def test_palettes(alphas: bytes | None, expected: list[tuple[int, int, int]]) -> None:
+    palette = bytes([255, 0, 0, 0, 0, 0, 0, 0, 255])
+    chunks = [(b"PLTE", palette)] + ([(b"tRNS", alphas)] if alphas else [])
+    data = png((3, 1), [bytes([0, 1, 2])], colour_type=PALETTE, chunks=chunks)
+    assert decoded(data) == expected
+
+
+def test_gif_transparency() -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([9, 9, 9, 250, 120, 0])
+    image.putpixel((1, 0), 1)
+    assert decoded(saved(image, "GIF", transparency=0)) == [(255, 255, 255), (250, 120, 0)]
+    assert decoded(saved(image, "GIF")) == [(9, 9, 9), (250, 120, 0)]
+
+
+def test_cmyk_jpeg() -> None:
+    image = Image.new("CMYK", (8, 8), (0, 255, 255, 0))  # no cyan, all magenta and yellow
+    red, green, blue = decoded(saved(image, "JPEG", quality=100))[0]
+    assert red >= 250 and green <= 5 and blue <= 5
+
+
+def test_grey_jpeg() -> None:
+    image = Image.new("L", (8, 8), 77)
+    assert decoded(saved(image, "JPEG", quality=100))[0] == (77, 77, 77)
+
+
+def test_modes_that_no_accepted_format_opens_in() -> None:
+    """The rule covers them all the same, should a format come to use them."""
+    floats = Image.fromarray(np.array([[-5, 0, 99.6, 255, 1e9, np.nan]], dtype=np.float32))
+    assert np.asarray(to_rgb(floats))[0, :, 0].tolist() == [0, 0, 100, 255, 255, 0]
+    integers = Image.fromarray(np.array([[-1, 0, 0x1234, 0xFFFF, 1 << 20]], dtype=np.int32))
+    assert np.asarray(to_rgb(integers))[0, :, 0].tolist() == [0, 0, 0x12, 0xFF, 0xFF]
+    pa = Image.new("PA", (2, 1))
+    pa.putpalette([10, 20, 30, 40, 50, 60])
+    pa.putpixel((0, 0), (1, 255))
+    pa.putpixel((1, 0), (1, 0))
+    assert np.asarray(to_rgb(pa)).tolist() == [[[40, 50, 60], [255, 255, 255]]]
+    for mode in ("YCbCr", "HSV", "LAB", "RGBX"):
+        assert to_rgb(Image.new(mode, (2, 2))).mode == "RGB"
+    assert np.asarray(to_rgb(Image.new("RGBa", (1, 1), (0, 0, 0, 0)))).tolist() == [[[255] * 3]]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+def test_exif_orientation(orientation: int, image_format: str) -> None:
+    upright = Image.new("RGB", (48, 32), (20, 20, 20))
+    upright.paste((240, 20, 20), (0, 0, 16, 16))
+    upright.paste((20, 240, 20), (32, 0, 48, 16))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    undo = {6: 8, 8: 6}.get(orientation, orientation)
+    turner = Image.Exif()
+    turner[0x0112] = undo
+    turned = ImageOps.exif_transpose(_with_exif(upright, turner))
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(
+        image_format, {}
+    )
+    image = decode_image(saved(turned, image_format, exif=exif, **options), CONFIG)
+    assert image.size == upright.size
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(upright)).max() < 20
+
+
+def _with_exif(image: Image.Image, exif: Image.Exif) -> Image.Image:
+    return Image.open(io.BytesIO(saved(image, "PNG", exif=exif)))
+
+
+@pytest.mark.parametrize("value", [0, 9, 65535])
+def test_an_unknown_orientation_changes_nothing(value: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = value
+    image = decode_image(saved(Image.new("RGB", (4, 2)), "JPEG", exif=exif), CONFIG)
+    assert image.size == (4, 2)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_unreadable_exif_does_not_spoil_the_picture() -> None:
+    for exif in (b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0garbage, no header"):
+        data = saved(Image.new("RGB", (4, 2), (255, 255, 255)), "JPEG", exif=exif)
+        assert decoded(data) == [(255, 255, 255)] * 8
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG"])
+def test_the_first_frame_of_an_animation(image_format: str) -> None:
+    colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
+    frames = [Image.new("RGB", (6, 4), colour) for colour in colours]
+    options: dict[str, object] = {"lossless": True} if image_format == "WEBP" else {}
+    data = saved(
+        frames[0], image_format, save_all=True, append_images=frames[1:], duration=100, **options
+    )
+    assert decoded(data) == [(250, 0, 0)] * 24
+    if image_format == "GIF":  # the later frames are never read
+        second = data.index(b"\x2c", data.index(b"\x2c") + 30)
+        assert decoded(data[:second] + b"\xff" * 40) == [(250, 0, 0)] * 24
+
+
+def test_the_format_is_that_of_the_first_bytes() -> None:
+    picture = Image.new("RGB", (4, 4), (1, 2, 3))
+    names = {name: sniff_image(saved(picture, name)) for name in FORMATS}
+    assert names == {name: name for name in FORMATS}
+
+
+def test_a_jpeg_with_a_second_picture_in_it() -> None:
+    """Phones store a depth or gain map behind the picture (MPO)."""
+    first, second = Image.new("RGB", (16, 8), (250, 0, 0)), Image.new("RGB", (4, 4), (0, 0, 250))
+    data = saved(first, "MPO", save_all=True, append_images=[second])
+    image = decode_image(data, CONFIG)
+    assert image.size == (16, 8)
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(first)).max() < 10
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n",
+        b"%PDF-1.7\n",
+        b"II*\0" + bytes(40),
+        b"MM\0*" + bytes(40),
+        b"8BPS\0\1" + bytes(40),
+        b"SIMPLE  =                    T",
+        b"\0\0\0\x18ftypheic" + bytes(40),
+        b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(40),
+        b"RIFF\0\0\0\0AVI " + bytes(40),
+        b"#EXTM3U\n",
+        b"\0",
+        b"P6 1 1 255\n\0\0\0",
+        bytes(100),
+    ],
+)
+def test_other_formats_are_refused(data: bytes) -> None:
+    with pytest.raises(UnsupportedMediaType) as caught:
+        decode_image(data, CONFIG)
+    assert caught.value.code == "unsupported_image_media_type"
+
+
+@pytest.mark.parametrize("image_format", ["TIFF", "PPM", "ICO", "TGA", "JPEG2000", "DDS", "SGI"])
+def test_what_else_pillow_could_read_is_refused(image_format: str) -> None:
+    with pytest.raises(UnsupportedMediaType):
+        decode_image(saved(Image.new("RGB", (16, 16)), image_format), CONFIG)
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_a_truncated_picture_is_refused_or_whole(image_format: str) -> None:
+    """Wherever the file ends: never a half-grey picture."""
+    noise = np.random.default_rng(3).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    data = saved(Image.fromarray(noise), image_format)
+    whole = decoded(data)
+    for length in range(1, len(data)):
+        try:
+            pixels = decoded(data[:length])
+        except MediaError as error:
+            assert error.code in ("image_parse_error", "unsupported_image_media_type")
+            continue
+        assert pixels == whole
+
+
+@given(
+    image_format=st.sampled_from(FORMATS),
+    changes=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=6),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_damaged_picture_gives_pixels_or_a_media_error(
+    image_format: str, changes: list[tuple[float, int]]
+) -> None:
+    noise = np.random.default_rng(3).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    data = bytearray(saved(Image.fromarray(noise), image_format))
+    for place, value in changes:
+        data[int(place * (len(data) - 1))] = value
+    try:
+        image = decode_image(bytes(data), CONFIG)
+    except MediaError as error:
+        assert error.status == 400 and "0x" not in error.message
+        return
+    assert image.mode == "RGB" and image.size[0] * image.size[1] <= CONFIG.max_image_pixels
+
+
+def test_the_text_of_the_decoder_is_not_told() -> None:
+    with pytest.raises(MediaError) as caught:
+        decode_image(b"\x89PNG\r\n\x1a\n" + bytes(50), CONFIG)
+    assert caught.value.message == "The image is damaged or incomplete."
+    assert caught.value.code == "image_parse_error"
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
+def test_a_bomb_in_the_metadata(kind: bytes) -> None:
+    bomb = b"x\0\0" + zlib.compress(bytes(100_000_000), 9)
+    data = png((1, 1), [bytes(3)], chunks=[(kind, bomb)])
+    with pytest.raises(MediaError):
+        decode_image(data, CONFIG)
+
+
+def header_only(width: int, height: int) -> bytes:
+    """A PNG that promises a size and has no pixels: only its header can be judged."""
+    return png((width, height), [])
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ((8000, 5001), "more than 40000000 pixels"),
+        ((9500, 9500), "more than 40000000 pixels"),  # where Pillow would warn
+        ((20_000, 20_000), "more than 40000000 pixels"),  # where Pillow would raise
+        ((16_385, 100), "a side may have 16384"),
+        ((100, 16_385), "a side may have 16384"),
+        ((201, 1), "at most 200 times"),
+        ((1, 201), "at most 200 times"),
+    ],
+)
+def test_too_large_by_the_header(size: tuple[int, int], said: str) -> None:
+    with pytest.raises(MediaTooLarge, match=said) as caught:
+        decode_image(header_only(*size), CONFIG)
+    assert caught.value.code == "image_too_large"
+
+
+def test_sizes_at_the_limits() -> None:
+    config = MediaConfig(max_image_pixels=200, max_image_side=50, max_image_aspect=12.5)
+    for size in ((20, 10), (40, 5), (50, 4), (5, 40), (20, 2), (1, 12)):
+        assert decode_image(png(size, [bytes(3 * size[0])] * size[1]), config).size == size
+    for size in ((21, 10), (51, 3), (26, 2), (1, 13)):
+        with pytest.raises(MediaTooLarge):
+            decode_image(header_only(*size), config)
+
+
+def test_a_picture_without_pixels() -> None:
+    for size in ((0, 5), (5, 0), (0, 0)):
+        with pytest.raises(MediaError) as caught:
+            decode_image(header_only(*size), CONFIG)
+        assert caught.value.code == "image_parse_error"
+
+
+def test_the_colour_profile_is_ignored() -> None:
+    picture = Image.new("RGB", (1, 1), (12, 200, 90))
+    with_profile = saved(picture, "PNG", icc_profile=b"not even a profile")
+    assert decoded(with_profile) == [(12, 200, 90)]
