@@ -1,0 +1,277 @@
+"""Text to token ids and token ids back to text.
+
+Reads byte-level BPE `tokenizer.json` files. Encoding here never yields a special id: whatever may
+become one is decided by `chat.template`. Decoding is incremental and holds text back only while it
+is an incomplete character or may still become a stop string. It knows nothing of messages.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import tokenizers
+
+from server.core import FinishReason, TokenEvent
+from server.errors import (
+    CheckpointError,
+    ModelLoading,
+    RequestTimeout,
+    ServerError,
+    ShuttingDown,
+    Unavailable,
+    WorkerRestarting,
+)
+
+ERRORS_BY_CODE: Mapping[str, type[ServerError]] = {
+    error.code: error
+    for error in (
+        ServerError,
+        RequestTimeout,
+        Unavailable,
+        WorkerRestarting,
+        ShuttingDown,
+        ModelLoading,
+    )
+}
+"""The errors an answer may still meet after it was admitted."""
+
+# Bytes that no UTF-8 text contains, so that a vocabulary may do without them.
+BYTES_OUTSIDE_UTF8 = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """The next piece of an answer. The last one, and only it, has a finish reason.
+
+    `num_tokens` counts the tokens generated since the delta before, ends included, so that the sum
+    over all deltas is the usage.
+    """
+
+    text: str
+    finish_reason: FinishReason | None
+    num_tokens: int
+
+
+class TokenStream(Protocol):
+    """The events of one answer; closing it before the last one aborts the request."""
+
+    def __aiter__(self) -> AsyncIterator[TokenEvent]: ...
+
+    def close(self) -> None: ...
+
+
+def byte_symbols() -> dict[str, int]:
+    """The character that byte-level vocabularies write for each byte."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    symbols = {chr(byte): byte for byte in visible}
+    hidden = sorted(set(range(0x100)) - set(visible))
+    return symbols | {chr(0x100 + index): byte for index, byte in enumerate(hidden)}
+
+
+class Tokenizer:
+    """One checkpoint's vocabulary.
+
+    `special` maps each added-token string, and each of the `reserved_ids`, to its id. None of
+    these ids ever comes out of `encode_text`, whatever the text says.
+    """
+
+    def __init__(self, text: str, *, reserved_ids: Collection[int] = ()) -> None:
+        try:
+            data = json.loads(text)
+            model = data["model"]
+            vocabulary: dict[str, int] = model["vocab"]
+            added: list[dict[str, Any]] = data.get("added_tokens") or []
+            kind = model.get("type")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError("tokenizer.json is not a tokenizer description") from error
+        if kind != "BPE" or "ByteLevel" not in _step_types(data.get("pre_tokenizer")):
+            raise CheckpointError("tokenizer.json is not a byte-level BPE, the only kind served")
+
+        tokens_by_id = {token_id: token for token, token_id in vocabulary.items()}
+        self._token_bytes = _token_bytes(tokens_by_id, added)
+        self.special: dict[str, int] = {token["content"]: token["id"] for token in added}
+        for token_id in reserved_ids:
+            if token_id not in self.special.values():
+                if token_id not in tokens_by_id:
+                    raise CheckpointError(f"tokenizer.json has no token with the id {token_id}")
+                name = self._token_bytes[token_id].decode("utf-8", errors="replace")
+                self.special[name] = token_id
+                self._token_bytes[token_id] = b""
+        self.special_ids = frozenset(self.special.values())
+        # Whether the official encoding swallows the white space left or right of a special token.
+        self.swallows = {
+            token["content"]: (bool(token.get("lstrip")), bool(token.get("rstrip")))
+            for token in added
+        }
+        self._without_special = _without_special(data, self.special_ids)
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, reserved_ids: Collection[int] = ()) -> Tokenizer:
+        """Read the folder's tokenizer.json."""
+        try:
+            text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError("the checkpoint has no readable tokenizer.json") from error
+        return cls(text, reserved_ids=reserved_ids)
+
+    def encode_text(self, text: str) -> list[int]:
+        """The ids of ordinary text; special-token strings in it are spelled out."""
+        return list(self._without_special.encode(text, add_special_tokens=False).ids)
+
+    def token_of(self, token_id: int) -> str | None:
+        """The special-token string with this id."""
+        return next((token for token, known in self.special.items() if known == token_id), None)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The text bytes of a token: none for special tokens and for ids without a token."""
+        return self._token_bytes.get(token_id, b"")
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The whole text at once, without special tokens."""
+        return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", errors="replace")
+
+
+def _step_types(step: Any) -> set[str]:
+    """The type names of a pre-tokenizer, those inside a Sequence included."""
+    if not isinstance(step, dict):
+        return set()
+    inner = step.get("pretokenizers") or []
+    return {str(step.get("type"))}.union(*(_step_types(one) for one in inner))
+
+
+def _token_bytes(tokens_by_id: Mapping[int, str], added: list[dict[str, Any]]) -> dict[int, bytes]:
+    symbols = byte_symbols()
+    table: dict[int, bytes] = {}
+    for token_id, token in tokens_by_id.items():
+        try:
+            table[token_id] = bytes(symbols[character] for character in token)
+        except KeyError:  # an entry that is not written in byte symbols
+            table[token_id] = token.encode("utf-8")
+    for entry in added:
+        table[entry["id"]] = b"" if entry.get("special") else entry["content"].encode("utf-8")
+    return table
+
+
+def _without_special(data: dict[str, Any], special_ids: Collection[int]) -> tokenizers.Tokenizer:
+    """The same tokenizer, unable to produce a special id.
+
+    Some vocabularies list special tokens as ordinary entries too, so they go from there as well,
+    with every merge that would make or use one.
+    """
+    model = data["model"]
+    dropped = {token for token, token_id in model["vocab"].items() if token_id in special_ids}
+    vocabulary = {token: i for token, i in model["vocab"].items() if token not in dropped}
+    missing = [
+        byte
+        for symbol, byte in byte_symbols().items()
+        if byte not in BYTES_OUTSIDE_UTF8 and symbol not in vocabulary
+    ]
+    if missing:
+        raise CheckpointError(
+            f"tokenizer.json has no ordinary token for {len(missing)} of the bytes, "
+            f"the first is 0x{missing[0]:02X}: such text could not be encoded"
+        )
+    merges = []
+    for merge in model.get("merges") or []:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        if dropped.isdisjoint((left, right, left + right)):
+            merges.append(merge)
+    plain = data | {
+        "added_tokens": [],
+        "truncation": None,
+        "padding": None,
+        "post_processor": None,
+        "model": model | {"vocab": vocabulary, "merges": merges, "dropout": None},
+    }
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(plain))
+    except Exception as error:  # the library raises bare exceptions
+        raise CheckpointError("tokenizer.json cannot be loaded") from error
+
+
+class Detokenizer:
+    """Ids of one answer in, text out, as soon as it is certain.
+
+    Held back are only the bytes of an unfinished character and a tail that may become a stop
+    string. Of several stop strings the one that is complete first wins, and of those that end
+    together the longest; it and all after it is dropped. A character left unfinished at the end
+    is no text and is dropped too.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+        self.is_stopped = False
+
+    def push(self, token_id: int) -> str:
+        """Take one token; the text that is now certain."""
+        if self.is_stopped:
+            return ""
+        new = self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        if not self._stop:
+            return new
+        text = self._held + new
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.is_stopped, self._held = True, ""
+            return text[: min(found)[1]]
+        kept = len(text) - self._length_of_possible_stop(text)
+        self._held = text[kept:]
+        return text[:kept]
+
+    def finish(self) -> str:
+        """The answer is over: what was held back is text after all."""
+        held, self._held = self._held, ""
+        return held
+
+    def _length_of_possible_stop(self, text: str) -> int:
+        """How long the longest tail is with which a stop string begins."""
+        longest = 0
+        for stop in self._stop:
+            at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+            while at >= 0 and not stop.startswith(text[at:]):
+                at = text.find(stop[0], at + 1)
+            if at >= 0:
+                longest = max(longest, len(text) - at)
+        return longest
+
+
+async def detokenize(
+    stream: TokenStream, tokenizer: Tokenizer, *, stop: Sequence[str] = ()
+) -> AsyncGenerator[Delta, None]:
+    """The answer's text as it becomes certain; the whole answer is the sum of these deltas.
+
+    A stop string closes the stream, which aborts the request. An error event is raised as the
+    `ServerError` of its code.
+    """
+    detokenizer = Detokenizer(tokenizer, stop)
+    num_tokens = 0
+    try:
+        async for event in stream:
+            if event.finish_reason == "error":
+                raise ERRORS_BY_CODE.get(event.error_code or "", ServerError)()
+            text = ""
+            if event.token_id is not None:
+                num_tokens += 1
+                # The token that ends an answer is no part of its text, even an ordinary one.
+                if event.finish_reason != "stop":
+                    text = detokenizer.push(event.token_id)
+            if detokenizer.is_stopped:
+                stream.close()  # now: nobody has to resume this generator after its last delta
+                yield Delta(text, "stop", num_tokens)
+                return
+            if event.finish_reason is not None:
+                yield Delta(text + detokenizer.finish(), event.finish_reason, num_tokens)
+                return
+            if text:
+                yield Delta(text, None, num_tokens)
+                num_tokens = 0
+    finally:
+        stream.close()
