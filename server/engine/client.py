@@ -1,0 +1,294 @@
+"""The engine as the HTTP process sees it: requests in, streams of tokens out.
+
+`Engine` is the seam the API is written and tested against; `EngineClient` is the engine process
+behind it. Nothing here knows tensors, text or HTTP, and importing it does not import torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from server.config import EngineConfig, ModelConfig
+from server.core import GenerationRequest, Tiles, TokenEvent, VisionSpec
+from server.engine.facts import EngineFacts, EngineStatus
+from server.engine.messages import Abort, Start, encode, submit_frames
+from server.engine.process import ENTRY_MODULE, EngineProcess, RestartPolicy
+from server.engine.validation import check_request
+from server.errors import (
+    ModelLoading,
+    RateLimited,
+    ServerError,
+    ShuttingDown,
+    Unavailable,
+    WorkerRestarting,
+)
+
+__all__ = ["Engine", "EngineClient", "EngineFacts", "EngineStatus", "TokenStream"]
+
+MAX_CRASHES_MET = 2
+"""A request that was being computed when so many processes ended is not sent to another."""
+
+MAX_WAITING_CAPACITIES = 4
+"""How many times the cache's capacity the waiting prompts may be, together."""
+
+MAX_WAITING_TILE_BYTES = 1 << 30
+
+
+class TokenStream:
+    """The events of one admitted request, in order; the last one has a finish reason.
+
+    A request that ends by "stop" carries the ending id in its last event: it counts as generated
+    but is not part of the text. One that ends by "length" carries its last ordinary token, and
+    "error" none. Closing the stream, or dropping the last reference to it, aborts a request that
+    has not finished; a closed stream yields nothing more.
+    """
+
+    def __init__(self, mailbox: asyncio.Queue[TokenEvent], abort: Callable[[], None]) -> None:
+        """Whoever fills `mailbox` must hold no reference to the stream, or it is never dropped."""
+        self._mailbox = mailbox
+        self._ended = False
+        self._abort = weakref.finalize(self, abort)
+        self._abort.atexit = False
+
+    def __aiter__(self) -> TokenStream:
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        if self._ended:
+            raise StopAsyncIteration
+        event = await self._mailbox.get()
+        if self._ended:  # closed while waiting
+            raise StopAsyncIteration
+        if event.finish_reason is not None:
+            self._ended = True
+            self._abort.detach()
+        return event
+
+    def close(self) -> None:
+        """Abort the request unless it has finished. May be called any number of times."""
+        if not self._ended:
+            self._ended = True
+            self._abort()
+            # Wakes a consumer that is waiting for the next event; it never sees this one.
+            self._mailbox.put_nowait(TokenEvent("", None, "abort"))
+
+
+class Engine(Protocol):
+    """What the API needs of an engine."""
+
+    @property
+    def status(self) -> EngineStatus: ...
+
+    @property
+    def facts(self) -> EngineFacts | None:
+        """None until the model has been loaded for the first time."""
+
+    @property
+    def worker_pid(self) -> int | None: ...
+
+    async def start(self) -> None:
+        """Load the model; returns when ready. One-line CheckpointError or ConfigError if it cannot.
+
+        Meanwhile `status` is "loading" and `submit` refuses with ModelLoading, so this may run
+        beside a server that is already listening.
+        """
+
+    async def stop(self) -> None:
+        """End every stream with an error event and the engine process with them."""
+
+    async def submit(self, request: GenerationRequest, tiles: Sequence[Tiles]) -> TokenStream:
+        """Admit the request or raise a ServerError; `tiles[i]` are those of `request.vision[i]`."""
+
+
+class EngineClient:
+    """The engine process behind the seam: admits requests, keeps them, hands out their events.
+
+    A request is kept until its first token, so that one the process lost while it was waiting, or
+    before it had answered anything, is sent again to the next process. The caller notices nothing.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        *,
+        vision: VisionSpec | None,
+        engine: EngineConfig,
+        model: ModelConfig,
+        max_requests_per_tenant: int | None = None,
+        on_loading: Callable[[int, int], None] | None = None,
+        restart_policy: RestartPolicy | None = None,
+        entry_module: str = ENTRY_MODULE,
+    ) -> None:
+        """`on_loading` is told the bytes of weights read so far and in all, also at a restart."""
+        self._vision = vision
+        self._max_requests_waiting = engine.max_requests_waiting
+        self._max_requests_per_tenant = max_requests_per_tenant
+        self._on_loading = on_loading
+        self._requests: dict[str, _Admitted] = {}  # in the order of arrival
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._process = EngineProcess(
+            Start(
+                checkpoint=str(checkpoint.resolve()),
+                device=model.device,
+                dtype=model.dtype,
+                attention=engine.attention_backend,
+                max_context=model.max_context,
+                num_threads=engine.num_threads,
+                block_size=engine.block_size,
+                kv_cache_bytes=engine.kv_cache_bytes,
+                max_tokens_per_step=engine.max_tokens_per_step,
+            ),
+            listener=self,
+            restart_policy=restart_policy or RestartPolicy(max_delay_s=engine.restart_delay_max_s),
+            loading_timeout_s=engine.loading_timeout_s,
+            step_timeout_s=engine.step_timeout_s,
+            shutdown_timeout_s=engine.shutdown_timeout_s,
+            entry_module=entry_module,
+        )
+
+    @property
+    def status(self) -> EngineStatus:
+        return self._process.status
+
+    @property
+    def facts(self) -> EngineFacts | None:
+        return self._process.facts
+
+    @property
+    def worker_pid(self) -> int | None:
+        return self._process.pid
+
+    async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        await self._process.start()
+
+    async def stop(self) -> None:
+        self._end_all("shutting_down")
+        await self._process.stop()
+        self._end_all("shutting_down")
+
+    async def submit(self, request: GenerationRequest, tiles: Sequence[Tiles]) -> TokenStream:
+        facts = self._ready_facts()
+        check_request(request, tiles, facts=facts, vision=self._vision)
+        if request.request_id in self._requests:
+            raise ServerError("Two requests have the same id.")
+        self._check_room(request, tiles, facts)
+        if request.sampling.seed is None:  # drawn here, so that sent twice it is the same request
+            sampling = replace(request.sampling, seed=secrets.randbits(63))
+            request = replace(request, sampling=sampling)
+        admitted = _Admitted(request, submit_frames(request, tiles))
+        self._requests[request.request_id] = admitted
+        self._process.send(admitted.frames)
+        return TokenStream(admitted.mailbox, partial(self._abort_from_anywhere, request.request_id))
+
+    def on_loading(self, num_bytes: int, total_bytes: int) -> None:
+        if self._on_loading is not None:
+            self._on_loading(num_bytes, total_bytes)
+
+    def on_ready(self, facts: EngineFacts) -> None:
+        for admitted in self._requests.values():
+            self._process.send(admitted.frames)
+
+    def on_joined(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            if request_id in self._requests:
+                self._requests[request_id].is_waiting = False
+
+    def on_events(self, events: Sequence[TokenEvent]) -> None:
+        for event in events:
+            admitted = self._requests.get(event.request_id)
+            if admitted is None:
+                continue  # its stream was closed meanwhile
+            admitted.mailbox.put_nowait(event)
+            admitted.frames = []
+            if event.finish_reason is not None:
+                del self._requests[event.request_id]
+
+    def on_lost(self, *, is_final: bool) -> None:
+        for admitted in list(self._requests.values()):
+            if is_final or not admitted.frames:
+                self._end(admitted, "worker_restarting")
+                continue
+            if not admitted.is_waiting:
+                admitted.num_crashes += 1
+                admitted.is_waiting = True
+            if admitted.num_crashes >= MAX_CRASHES_MET:
+                self._end(admitted, "internal_error")
+
+    def _ready_facts(self) -> EngineFacts:
+        match self._process.status:
+            case "loading":
+                raise ModelLoading
+            case "restarting":
+                raise WorkerRestarting
+            case "crashed":
+                raise WorkerRestarting("The model worker has failed and needs the operator.")
+            case "stopping":
+                raise ShuttingDown
+            case "ready":
+                if self._process.facts is None:
+                    raise ModelLoading
+                return self._process.facts
+
+    def _check_room(
+        self, request: GenerationRequest, tiles: Sequence[Tiles], facts: EngineFacts
+    ) -> None:
+        """Admits what a queue with bounds can hold; an empty queue holds anything that can run."""
+        if self._max_requests_per_tenant is not None:
+            tenants = [admitted.request.tenant for admitted in self._requests.values()]
+            if tenants.count(request.tenant) >= self._max_requests_per_tenant:
+                raise RateLimited
+        waiting = [admitted for admitted in self._requests.values() if admitted.is_waiting]
+        if len(waiting) >= self._max_requests_waiting:
+            raise Unavailable
+        num_tokens = sum(len(admitted.request.prompt_ids) for admitted in waiting)
+        num_bytes = sum(admitted.num_tile_bytes for admitted in waiting)
+        if waiting and (
+            num_tokens + len(request.prompt_ids) > MAX_WAITING_CAPACITIES * facts.kv_tokens
+            or num_bytes + sum(medium.nbytes for medium in tiles) > MAX_WAITING_TILE_BYTES
+        ):
+            raise Unavailable
+
+    def _abort_from_anywhere(self, request_id: str) -> None:
+        """From a finaliser, so possibly from another thread or after the end of the loop."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._abort, request_id)
+
+    def _abort(self, request_id: str) -> None:
+        if self._requests.pop(request_id, None) is not None:
+            self._process.send([encode(Abort(request_id))])
+
+    def _end(self, admitted: _Admitted, error_code: str) -> None:
+        request_id = admitted.request.request_id
+        del self._requests[request_id]
+        admitted.mailbox.put_nowait(TokenEvent(request_id, None, "error", error_code))
+
+    def _end_all(self, error_code: str) -> None:
+        for admitted in list(self._requests.values()):
+            self._end(admitted, error_code)
+
+
+@dataclass(slots=True)
+class _Admitted:
+    """A request in the engine. `frames` is what would be sent again; empty after its first event.
+
+    It waits until the engine process says that it joined the running set; `num_crashes` counts
+    the processes that ended while it was in there.
+    """
+
+    request: GenerationRequest
+    frames: list[bytes | memoryview]
+    mailbox: asyncio.Queue[TokenEvent] = field(default_factory=asyncio.Queue)
+    is_waiting: bool = True
+    num_crashes: int = 0
+
+    @property
+    def num_tile_bytes(self) -> int:
+        return sum(len(frame) for frame in self.frames[1:])

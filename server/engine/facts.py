@@ -1,0 +1,29 @@
+"""What the HTTP process may know of a running engine: plain values, learnt when it became ready."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+EngineStatus = Literal["loading", "ready", "restarting", "crashed", "stopping"]
+"""`crashed` means that restarting was given up: an operator has to act."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """Measured at start, the same for every request.
+
+    `max_request_tokens` is the context, of prompt and answer together; the cache holds at least
+    one. Prompt ids must be below `logits_width` and `embedding_rows`.
+    """
+
+    logits_width: int
+    embedding_rows: int
+    max_request_tokens: int
+    kv_tokens: int
+    kv_bytes: int
+    block_size: int
+    device: str
+    dtype: str
+    attention: str
+    load_s: float

@@ -1,0 +1,186 @@
+"""Computes a batch: its tensors, the model's forward, the sampler. Owns the key/value cache.
+
+The only file of the engine between nouns and tensors. It decides nothing: what is computed was
+decided by the scheduler, and running the same batch again gives the same again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as AbstractSequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from server.attention.backend import AttentionInputs, LayerCache
+from server.core import VisionLayout
+from server.engine.sampler import SamplingRow, sample
+from server.engine.sequence import Batch, DeviceError, Medium, Sequence, Span, SpanOutput
+
+DEVICE_CACHE_SHARE = 0.8
+"""Of what an accelerator has free after the weights: the rest is for activations."""
+
+
+class Model(Protocol):
+    """What the runner needs of a model; see `server.model.vlm`."""
+
+    def encode_tiles(self, tiles: Tensor, queries: AbstractSequence[int]) -> list[Tensor]:
+        """uint8 [tiles, size, size, 3] -> features [queries[i], hidden] of tile i"""
+
+    def assemble(self, features: list[Tensor], layout: VisionLayout) -> Tensor:
+        """Features of all tiles of a medium -> [its tokens, hidden]"""
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """int64 [tokens] -> [tokens, hidden]"""
+
+    def forward(self, embeds: Tensor, positions: Tensor, attention: AttentionInputs) -> Tensor:
+        """[tokens, hidden], int64 [tokens] -> [tokens, hidden]"""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, hidden] -> float32 [rows, ids], -inf for ids that have no token"""
+
+
+class Runner:
+    """One model with its cache of `num_blocks` blocks."""
+
+    def __init__(
+        self,
+        model: Model,
+        caches: AbstractSequence[LayerCache],
+        *,
+        block_size: int,
+        device: str,
+        placeholder_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        self._model = model
+        self._caches = caches
+        self._block_size = block_size
+        self._device = device
+        self._placeholder_ids = placeholder_ids
+
+    def run(self, batch: Batch) -> list[SpanOutput]:
+        """One output for each span of the batch. DeviceError where nothing can follow."""
+        try:
+            with torch.inference_mode():
+                self._encode_vision(batch)
+                return self._compute(batch.spans) if batch.spans else []
+        except torch.AcceleratorError as error:
+            raise DeviceError("the accelerator reported an error") from error
+
+    def _encode_vision(self, batch: Batch) -> None:
+        if not batch.vision:
+            return
+        # Copied: what came over the socket is read-only, and torch knows no such thing.
+        tiles = np.concatenate([part.medium.tiles[part.start : part.stop] for part in batch.vision])
+        places = [(part.medium, i) for part in batch.vision for i in range(part.start, part.stop)]
+        queries = [medium.vision.layout.tile_queries[i] for medium, i in places]
+        encoded = self._model.encode_tiles(torch.from_numpy(tiles).to(self._device), queries)
+        for (medium, tile), features in zip(places, encoded, strict=True):
+            medium.features[tile] = features
+
+    def _compute(self, spans: list[Span]) -> list[SpanOutput]:
+        embeds = self._embeds(spans)
+        positions = torch.cat([torch.arange(span.start, span.stop) for span in spans])
+        inputs = self._attention_inputs(spans)
+        hidden = self._model.forward(embeds, positions.to(self._device), inputs)
+        sampled = [index for index, span in enumerate(spans) if span.is_sampled]
+        outputs = [SpanOutput() for _ in spans]
+        if sampled:
+            last_tokens = inputs.cu_seq_q[1:].long()[sampled] - 1
+            rows = [_sampling_row(spans[index].sequence) for index in sampled]
+            ids = sample(self._model.logits(hidden[last_tokens]), rows)
+            for index, token_id in zip(sampled, ids, strict=True):
+                error_code = "internal_error" if token_id is None else None
+                outputs[index] = SpanOutput(token_id, error_code)
+        return outputs
+
+    def _embeds(self, spans: list[Span]) -> Tensor:
+        ids = [token_id for span in spans for token_id in _span_ids(span)]
+        embeds = self._model.embed(torch.tensor(ids, device=self._device))
+        offset = 0  # of the span's first position in `embeds`
+        for span in spans:
+            num_features = 0
+            for medium in span.sequence.media:
+                start, stop = max(span.start, medium.start), min(span.stop, medium.stop)
+                if start < stop:
+                    medium_embeds = self._medium_embeds(medium).to(embeds.dtype)
+                    first = offset - span.start  # what is added to a position to find its row
+                    embeds[first + start : first + stop] = medium_embeds[
+                        start - medium.start : stop - medium.start
+                    ]
+                    num_features += stop - start
+            if num_features != self._count_placeholders(span):
+                raise RuntimeError("placeholders and features differ in number")
+            offset += len(span)
+        return embeds
+
+    def _medium_embeds(self, medium: Medium) -> Tensor:
+        if medium.embeds is None:
+            features = [medium.features[tile] for tile in range(medium.num_tiles)]
+            medium.embeds = self._model.assemble(features, medium.vision.layout)
+            if len(medium.embeds) != medium.vision.num_tokens:
+                raise RuntimeError("the model made another number of features than promised")
+        return medium.embeds
+
+    def _count_placeholders(self, span: Span) -> int:
+        # Only in the prompt: a model may well generate such an id, and then it is just an id.
+        prompt = span.sequence.request.prompt_ids[span.start : span.stop]
+        return sum(token_id in self._placeholder_ids for token_id in prompt)
+
+    def _attention_inputs(self, spans: list[Span]) -> AttentionInputs:
+        size = self._block_size
+        lengths = [len(span) for span in spans]
+        block_table = np.zeros((len(spans), max(-(-span.stop // size) for span in spans)), np.int32)
+        slots = []
+        for row, span in enumerate(spans):
+            blocks = np.asarray(span.sequence.block_table[: -(-span.stop // size)], np.int64)
+            block_table[row, : len(blocks)] = blocks
+            positions = np.arange(span.start, span.stop)
+            slots.append(blocks[positions // size] * size + positions % size)
+        return AttentionInputs(
+            caches=self._caches,
+            cu_seq_q=self._int32(np.cumsum([0, *lengths])),
+            seqused_k=self._int32([span.stop for span in spans]),
+            block_table=self._int32(block_table),
+            slot_mapping=torch.from_numpy(np.concatenate(slots)).to(self._device),
+            max_q=max(lengths),
+            max_k=max(span.stop for span in spans),
+        )
+
+    def _int32(self, values: AbstractSequence[int] | np.ndarray) -> Tensor:
+        return torch.from_numpy(np.asarray(values, np.int32)).to(self._device)
+
+
+def choose_cache_bytes(
+    device: str, *, configured: int | None, bytes_per_token: int, context_length: int
+) -> int:
+    """How much memory the cache may take: as configured, or by the kind of device.
+
+    On a CPU, where memory is everybody's, one context: it is only taken as it is used.
+    """
+    if configured is not None:
+        return configured
+    if torch.device(device).type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        return int(free_bytes * DEVICE_CACHE_SHARE)
+    return bytes_per_token * context_length
+
+
+def _span_ids(span: Span) -> list[int]:
+    return span.sequence.token_ids[span.start : span.stop]
+
+
+def _sampling_row(sequence: Sequence) -> SamplingRow:
+    sampling = sequence.request.sampling
+    return SamplingRow(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        repetition_penalty=sampling.repetition_penalty,
+        # The client gives every request a seed; without one an answer would not be repeatable
+        # in the step that is run again.
+        seed=sampling.seed or 0,
+        position=len(sequence),
+        seen_ids=sequence.token_ids,
+    )

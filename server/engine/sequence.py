@@ -1,0 +1,158 @@
+"""The nouns of the engine: a request in progress, and what one step computes of it.
+
+The scheduler decides with these and the runner computes with them; neither needs the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from server.core import GenerationRequest, Tiles, VisionInput
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SequenceStatus = Literal["waiting", "running", "finished"]
+
+
+@dataclass(slots=True, eq=False)
+class Medium:
+    """One picture or video of a sequence and how far it has been encoded.
+
+    Its placeholders are the positions [start, stop). `features[i]` is what the model made of tile
+    i, `embeds` what all of them make together; only the runner looks inside.
+    """
+
+    vision: VisionInput
+    start: int
+    tiles: Tiles
+    num_tiles_encoded: int = 0
+    features: dict[int, Tensor] = field(default_factory=dict)
+    embeds: Tensor | None = None
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.vision.num_tokens
+
+    @property
+    def num_tiles(self) -> int:
+        return len(self.vision.layout.tile_queries)
+
+    @property
+    def is_encoded(self) -> bool:
+        return self.num_tiles_encoded == self.num_tiles
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request in progress. It owns its block table.
+
+    token_ids   | prompt ............ | generated ... |
+                0        num_computed                 len(sequence)
+    cached      [0, num_computed)                     keys and values are in the blocks
+    to compute  [num_computed, len(sequence))         its last position gives the next token
+    """
+
+    request: GenerationRequest
+    token_ids: list[int]
+    media: list[Medium]
+    status: SequenceStatus = "waiting"
+    num_computed: int = 0
+    block_table: list[int] = field(default_factory=list)
+
+    @classmethod
+    def from_request(cls, request: GenerationRequest, tiles: list[Tiles]) -> Sequence:
+        media = [
+            Medium(vision, start, medium_tiles)
+            for vision, start, medium_tiles in zip(
+                request.vision, request.vision_starts, tiles, strict=True
+            )
+        ]
+        return cls(request, list(request.prompt_ids), media)
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt_ids)
+
+    @property
+    def max_tokens(self) -> int:
+        """The most positions it can come to hold, prompt and answer together."""
+        return len(self.request.prompt_ids) + self.request.sampling.max_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The positions [start, stop) of a sequence, computed in one step.
+
+    Prefill, a chunk of one, and decode (a span of length one) differ in nothing else.
+    """
+
+    sequence: Sequence
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether this span reaches the end of what is known, so that a token follows from it."""
+        return self.stop == len(self.sequence)
+
+
+@dataclass(frozen=True, slots=True)
+class VisionSlice:
+    """The tiles [start, stop) of a medium, encoded in one step, before its spans."""
+
+    sequence: Sequence
+    medium: Medium
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one step computes: first the vision slices, then the spans, one a sequence at most.
+
+    `joined` are the sequences that were waiting until now.
+    """
+
+    spans: list[Span]
+    vision: list[VisionSlice]
+    joined: list[Sequence]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(span) for span in self.spans)
+
+    def alone(self) -> Iterator[tuple[Sequence, Batch]]:
+        """The same step as one batch for each of its sequences."""
+        parts = [piece.sequence for piece in self.vision] + [span.sequence for span in self.spans]
+        for sequence in dict.fromkeys(parts):
+            spans = [span for span in self.spans if span.sequence is sequence]
+            vision = [piece for piece in self.vision if piece.sequence is sequence]
+            yield sequence, Batch(spans, vision, [])
+
+
+@dataclass(frozen=True, slots=True)
+class SpanOutput:
+    """What a step made of one span: the next token where it was sampled, or why it failed."""
+
+    token_id: int | None = None
+    error_code: str | None = None
+
+
+class DeviceError(Exception):
+    """The device is in doubt: nothing more can be computed in this process."""

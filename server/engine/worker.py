@@ -1,0 +1,122 @@
+"""The loop of the engine process: take in what came, compute a step, tell what it made.
+
+Synchronous and free of features; what is longer belongs in the scheduler, the runner or the
+sampler. It must not know who listens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence as AbstractSequence
+from typing import Protocol
+
+from server.core import Tiles, TokenEvent, VisionSpec
+from server.engine.facts import EngineFacts
+from server.engine.messages import Abort, FromEngine, Joined, Progress, Stop, Submit, ToEngine
+from server.engine.scheduler import Scheduler
+from server.engine.sequence import Batch, DeviceError, Sequence, SpanOutput
+from server.engine.validation import check_request
+from server.errors import ServerError
+
+HEARTBEAT_S = 1.0
+"""How often an idle worker says that it lives."""
+
+_log = logging.getLogger(__name__)
+
+
+class Channel(Protocol):
+    """The worker's one contact with the outside."""
+
+    def receive(self, *, timeout_s: float) -> list[tuple[ToEngine, list[Tiles]]]:
+        """What has come, waiting so long for the first; `Stop` when nobody is there any more."""
+
+    def send(self, message: FromEngine) -> None: ...
+
+
+class StepRunner(Protocol):
+    def run(self, batch: Batch) -> AbstractSequence[SpanOutput]: ...
+
+
+class Worker:
+    """Runs until it is told to stop. An exception out of `run` ends the engine process."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        scheduler: Scheduler,
+        runner: StepRunner,
+        *,
+        facts: EngineFacts,
+        vision: VisionSpec | None,
+    ) -> None:
+        self._channel = channel
+        self._scheduler = scheduler
+        self._runner = runner
+        self._facts = facts
+        self._vision = vision
+        self._stopping = False
+        self._last_step_failed = False
+
+    def run(self) -> None:
+        while not self._stopping:
+            self._drain_inbox(block=self._scheduler.idle)
+            if batch := self._scheduler.schedule():
+                self._announce(batch)
+                self._emit(self._step(batch))
+
+    def _drain_inbox(self, *, block: bool) -> None:
+        if block:
+            self._scheduler.check()
+        received = self._channel.receive(timeout_s=HEARTBEAT_S if block else 0)
+        if block and not received:
+            self._emit([])
+        for message, tiles in received:
+            match message:
+                case Submit():
+                    self._add(message, tiles)
+                case Abort():
+                    self._emit(self._scheduler.abort(message.request_id))
+                case Stop():
+                    self._stopping = True
+
+    def _announce(self, batch: Batch) -> None:
+        """Said before the step, so that the other side knows whom a crash has met."""
+        if batch.joined:
+            self._channel.send(Joined(tuple(sequence.request_id for sequence in batch.joined)))
+
+    def _emit(self, events: AbstractSequence[TokenEvent]) -> None:
+        self._channel.send(Progress(tuple(events)))
+
+    def _add(self, message: Submit, tiles: list[Tiles]) -> None:
+        request = message.request
+        try:
+            check_request(request, tiles, facts=self._facts, vision=self._vision)
+            self._scheduler.add(Sequence.from_request(request, tiles))
+        except ServerError as error:
+            self._emit([TokenEvent(request.request_id, None, "error", error.code)])
+
+    def _step(self, batch: Batch) -> list[TokenEvent]:
+        try:
+            outputs = self._runner.run(batch)
+        except DeviceError:
+            raise
+        except Exception:
+            if self._last_step_failed:
+                raise
+            _log.exception("A step failed; running it again, one sequence at a time.")
+            self._last_step_failed = True
+            return [
+                event for sequence, part in batch.alone() for event in self._alone(sequence, part)
+            ]
+        self._last_step_failed = False
+        return self._scheduler.commit(batch, outputs)
+
+    def _alone(self, sequence: Sequence, batch: Batch) -> list[TokenEvent]:
+        try:
+            outputs = self._runner.run(batch)
+        except DeviceError:
+            raise
+        except Exception:
+            _log.exception("A request failed alone.")
+            return self._scheduler.fail(sequence.request_id, error_code="internal_error")
+        return self._scheduler.commit(batch, outputs)

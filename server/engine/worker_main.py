@@ -1,0 +1,198 @@
+"""The engine process from its first line to its exit status.
+
+Started by `server.engine.process` with the address of a socket; everything else comes in the first
+message. Reads no environment and no configuration file, and never outlives the HTTP process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from server.attention.backend import choose_backend
+from server.core import GenerationRequest, SamplingParams, VisionSpec
+from server.engine.blocks import BlockPool
+from server.engine.channel import SocketChannel
+from server.engine.facts import EngineFacts
+from server.engine.messages import LoadFailed, Loading, Ready, Start
+from server.engine.runner import Runner, choose_cache_bytes
+from server.engine.scheduler import Scheduler
+from server.engine.sequence import Sequence
+from server.engine.worker import StepRunner, Worker
+from server.errors import CheckpointError, ConfigError
+from server.model.checkpoint import load_model
+from server.model.config import CheckpointInfo, read_checkpoint
+
+MAX_RUNNING = 1
+MAX_TILES_PER_STEP = 4
+"""Bounds the time of a step: on a CPU the full-size vision tower takes seconds a tile."""
+
+_PR_SET_PDEATHSIG = 1
+
+_log = logging.getLogger(__name__)
+
+
+def serve(address: str, *, wrap: Callable[[Runner], StepRunner] = lambda runner: runner) -> int:
+    """One life of the engine process; the exit status. Tests put faults in with `wrap`."""
+    _die_with_parent()
+    # Both may reach the whole group of processes: how this one ends, the HTTP process says.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s engine: %(message)s")
+    channel = SocketChannel(address)
+    try:
+        worker = _load(channel, wrap)
+        if worker is not None:
+            worker.run()
+    except (CheckpointError, ConfigError) as error:
+        is_config = isinstance(error, ConfigError)
+        channel.send(LoadFailed(str(error), is_config=is_config))
+        return 1
+    finally:
+        channel.close()
+    return 0
+
+
+def _load(channel: SocketChannel, wrap: Callable[[Runner], StepRunner]) -> Worker | None:
+    """A worker that has proved itself; None where the other side has gone meanwhile."""
+    channel.send(Loading(0, 0))
+    start = _receive_start(channel)
+    if start is None:
+        return None
+    started_s = time.monotonic()
+    if start.num_threads is not None:
+        torch.set_num_threads(start.num_threads)
+    info = read_checkpoint(Path(start.checkpoint))
+    device = _choose_device(start.device)
+    dtype = info.dtype if start.dtype == "auto" else start.dtype
+    backend = choose_backend(start.attention, device=device, page_size=start.block_size)
+
+    def report(num_bytes: int, total_bytes: int) -> None:
+        channel.send(Loading(num_bytes, total_bytes))
+
+    model = load_model(info, device=device, dtype=dtype, backend=backend, progress=report)
+    context_length = min(info.context_length, start.max_context or info.context_length)
+    block_size = backend.page_size
+    num_blocks = _count_blocks(start, info, device, dtype, block_size, context_length)
+    try:
+        caches = backend.allocate(
+            info.text.num_layers,
+            num_blocks,
+            num_kv_heads=info.text.num_kv_heads,
+            head_dim=info.text.head_dim,
+            dtype=getattr(torch, dtype),
+            device=device,
+        )
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ConfigError(
+            f"no memory for a key/value cache of {num_blocks * block_size} tokens: "
+            "lower engine.kv_cache_bytes or model.max_context"
+        ) from error
+    vision = info.vision
+    runner = wrap(
+        Runner(
+            model,
+            caches,
+            block_size=block_size,
+            device=device,
+            placeholder_ids=_placeholder_ids(vision),
+        )
+    )
+    pool = BlockPool(num_blocks=num_blocks, block_size=block_size)
+    scheduler = Scheduler(
+        pool,
+        max_tokens_per_step=start.max_tokens_per_step,
+        max_tiles_per_step=MAX_TILES_PER_STEP,
+        max_running=MAX_RUNNING,
+    )
+    _prove(scheduler, runner)
+    facts = EngineFacts(
+        logits_width=info.text.logits_rows,
+        embedding_rows=info.text.embedding_rows,
+        max_request_tokens=context_length,
+        kv_tokens=pool.num_tokens,
+        kv_bytes=pool.num_tokens * info.kv_bytes_per_token(dtype),
+        block_size=block_size,
+        device=device,
+        dtype=dtype,
+        attention=type(backend).__name__,
+        load_s=round(time.monotonic() - started_s, 3),
+    )
+    channel.send(Ready(facts))
+    return Worker(channel, scheduler, runner, facts=facts, vision=vision)
+
+
+def _placeholder_ids(vision: VisionSpec | None) -> frozenset[int]:
+    if vision is None:
+        return frozenset()
+    ids = (vision.image_token_id, vision.video_token_id)
+    return frozenset(token_id for token_id in ids if token_id is not None)
+
+
+def _receive_start(channel: SocketChannel) -> Start | None:
+    while True:
+        for message, _ in channel.receive(timeout_s=1.0):
+            return message if isinstance(message, Start) else None
+
+
+def _choose_device(name: str) -> str:
+    has_cuda = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if has_cuda else "cpu"
+    if name.startswith("cuda") and not has_cuda:
+        raise ConfigError(f"model.device is '{name}', but there is no usable CUDA device")
+    return name
+
+
+def _count_blocks(
+    start: Start,
+    info: CheckpointInfo,
+    device: str,
+    dtype: str,
+    block_size: int,
+    context_length: int,
+) -> int:
+    bytes_per_token = info.kv_bytes_per_token(dtype)
+    num_bytes = choose_cache_bytes(
+        device,
+        configured=start.kv_cache_bytes,
+        bytes_per_token=bytes_per_token,
+        # A whole number of blocks, or the last positions of the context would not fit.
+        context_length=-(-context_length // block_size) * block_size,
+    )
+    num_blocks = num_bytes // (bytes_per_token * block_size)
+    if num_blocks * block_size < context_length:
+        raise ConfigError(
+            f"the key/value cache of {num_bytes} bytes holds {num_blocks * block_size} tokens, "
+            f"less than the context of {context_length}: raise engine.kv_cache_bytes to "
+            f"{bytes_per_token * (context_length + block_size)} or lower model.max_context"
+        )
+    return num_blocks
+
+
+def _prove(scheduler: Scheduler, runner: StepRunner) -> None:
+    """Generates two tokens, so that "ready" means that a request would be answered."""
+    request = GenerationRequest("self-test", "", (0,), SamplingParams(max_tokens=2, temperature=0))
+    scheduler.add(Sequence.from_request(request, []))
+    while batch := scheduler.schedule():
+        for event in scheduler.commit(batch, runner.run(batch)):
+            if event.finish_reason == "error":
+                raise CheckpointError("the model gave no usable logits in its self-test")
+    scheduler.check()
+
+
+def _die_with_parent() -> None:
+    """On Linux, where the closed pipe would only be noticed between two steps."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(serve(sys.argv[1]))

@@ -1,0 +1,280 @@
+"""Real engine processes that die, hang, fail to start and are stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from server.config import EngineConfig, ModelConfig
+from server.core import TokenEvent
+from server.engine.client import EngineClient, TokenStream
+from server.engine.process import RestartPolicy
+from server.errors import CheckpointError, ConfigError, ModelLoading, ShuttingDown, WorkerRestarting
+from tests.engine.faulty_worker import HANG, KILL, KILL_AFTER_FIRST_TOKEN, MODULE, SLOW
+from tests.engine.samples import make_request
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_S = 120
+
+
+def make_client(
+    checkpoint: Path,
+    *,
+    entry_module: str = MODULE,
+    restart_policy: RestartPolicy | None = None,
+    **settings: object,
+) -> EngineClient:
+    settings = {"num_threads": 1, **settings}
+    return EngineClient(
+        checkpoint,
+        vision=None,
+        engine=EngineConfig.model_validate(settings),
+        model=ModelConfig(device="cpu"),
+        restart_policy=restart_policy or RestartPolicy(max_delay_s=0.2, first_delay_s=0.05),
+        entry_module=entry_module,
+    )
+
+
+@asynccontextmanager
+async def started(client: EngineClient) -> AsyncIterator[EngineClient]:
+    async with asyncio.timeout(LIMIT_S):
+        await client.start()
+        try:
+            yield client
+        finally:
+            await client.stop()
+
+
+async def collect(stream: TokenStream) -> list[TokenEvent]:
+    return [event async for event in stream]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for temporary files of its own, so that what is left there can be seen."""
+    folder = tmp_path / "t"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+async def test_a_killed_process_ends_what_it_answered_and_nothing_that_waited(
+    tiny_checkpoint: Path,
+) -> None:
+    async with started(make_client(tiny_checkpoint)) as client:
+        expected = await collect(await client.submit(make_request("1", max_tokens=5), []))
+        running = await client.submit(make_request("0", prompt=(SLOW,), max_tokens=400), [])
+        waiting = [await client.submit(make_request(n, max_tokens=5), []) for n in "12"]
+        await anext(running)
+        first_pid = client.worker_pid
+        assert first_pid is not None
+        os.kill(first_pid, signal.SIGKILL)
+
+        *_, last = await collect(running)
+        assert last == TokenEvent("0", None, "error", "worker_restarting")
+        assert client.status == "restarting"
+        with pytest.raises(WorkerRestarting):
+            await client.submit(make_request("refused"), [])
+
+        assert await collect(waiting[0]) == expected
+        assert len(await collect(waiting[1])) == 5
+        assert client.worker_pid != first_pid
+
+
+async def test_what_meets_two_crashes_ends_and_the_next_is_answered(tiny_checkpoint: Path) -> None:
+    async with started(make_client(tiny_checkpoint)) as client:
+        deadly = await client.submit(make_request("deadly", prompt=(KILL,)), [])
+        harmless = await client.submit(make_request("harmless", max_tokens=2), [])
+        assert await collect(deadly) == [TokenEvent("deadly", None, "error", "internal_error")]
+        assert len(await collect(harmless)) == 2
+
+
+async def test_a_hanging_process_is_replaced(tiny_checkpoint: Path) -> None:
+    """By a step that never ends, and stopped in its tracks while idle."""
+    async with started(make_client(tiny_checkpoint, step_timeout_s=3.0)) as client:
+        await asyncio.sleep(4.0)  # idle for longer than that is no hang
+        assert client.status == "ready"
+        first_pid = client.worker_pid
+        assert first_pid is not None
+        hanging = await client.submit(make_request("hanging", prompt=(HANG,)), [])
+        answered, ended = await collect(hanging)
+        assert answered.token_id is not None
+        assert ended == TokenEvent("hanging", None, "error", "worker_restarting")
+        await until(lambda: client.status == "ready" and not is_alive(first_pid))
+
+        second_pid = client.worker_pid
+        assert second_pid is not None
+        os.kill(second_pid, signal.SIGSTOP)
+        await until(lambda: client.status == "restarting")
+        assert not is_alive(second_pid)
+
+
+async def test_it_is_given_up_after_five_crashes(tiny_checkpoint: Path) -> None:
+    """The clock stands still; the first four crashes were a moment ago."""
+    policy = RestartPolicy(max_delay_s=1.0, clock=lambda: 0.0)
+    for _ in range(4):
+        assert policy.delay_after_crash() is not None
+    async with started(make_client(tiny_checkpoint, restart_policy=policy)) as client:
+        deadly = await client.submit(
+            make_request("deadly", prompt=(KILL_AFTER_FIRST_TOKEN,), max_tokens=9), []
+        )
+        waiting = await client.submit(make_request("waiting"), [])
+        answered, ended = await collect(deadly)
+        assert answered.token_id is not None
+        assert ended == TokenEvent("deadly", None, "error", "worker_restarting")
+        assert await collect(waiting) == [TokenEvent("waiting", None, "error", "worker_restarting")]
+        assert client.status == "crashed" and client.worker_pid is None
+        with pytest.raises(WorkerRestarting, match="operator"):
+            await client.submit(make_request(), [])
+
+
+async def test_stopping_ends_streams_process_and_files(
+    tiny_checkpoint: Path, temporary: Path
+) -> None:
+    client = make_client(tiny_checkpoint)
+    async with asyncio.timeout(LIMIT_S):
+        await client.start()
+        [folder] = temporary.iterdir()
+        assert folder.stat().st_mode & 0o777 == 0o700
+        stream = await client.submit(make_request("r", prompt=(SLOW,), max_tokens=400), [])
+        await anext(stream)
+        pid = client.worker_pid
+        assert pid is not None
+        await client.stop()
+        *_, last = await collect(stream)
+    assert last == TokenEvent("r", None, "error", "shutting_down")
+    assert client.status == "stopping" and not is_alive(pid)
+    assert list(temporary.iterdir()) == []
+    with pytest.raises(ShuttingDown):
+        await client.submit(make_request(), [])
+
+
+async def test_stopping_does_not_wait_for_a_step_that_hangs(tiny_checkpoint: Path) -> None:
+    client = make_client(tiny_checkpoint, shutdown_timeout_s=0.5)
+    async with started(client):
+        stream = await client.submit(make_request(prompt=(HANG,)), [])
+        await anext(stream)
+        pid = client.worker_pid
+        assert pid is not None
+        before_s = time.monotonic()
+        await client.stop()
+        assert time.monotonic() - before_s < 5
+        assert not is_alive(pid)
+        stream.close()
+
+
+async def test_stopping_while_loading(tiny_checkpoint: Path, temporary: Path) -> None:
+    client = make_client(tiny_checkpoint)
+    async with asyncio.timeout(LIMIT_S):
+        starting = asyncio.create_task(client.start())
+        await until(lambda: client.worker_pid is not None)
+        pid = client.worker_pid
+        assert pid is not None and client.status == "loading"
+        with pytest.raises(ModelLoading):
+            await client.submit(make_request(), [])
+        await client.stop()
+        with pytest.raises(CheckpointError, match="stopped before"):
+            await starting
+    assert not is_alive(pid)
+    assert list(temporary.iterdir()) == []
+
+
+async def test_a_cancelled_start_leaves_nothing(tiny_checkpoint: Path, temporary: Path) -> None:
+    client = make_client(tiny_checkpoint)
+    async with asyncio.timeout(LIMIT_S):
+        starting = asyncio.create_task(client.start())
+        await until(lambda: client.worker_pid is not None)
+        pid = client.worker_pid
+        assert pid is not None
+        starting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await starting
+    assert not is_alive(pid)
+    assert list(temporary.iterdir()) == []
+
+
+async def test_a_setting_that_cannot_be_used_is_one_line(tiny_checkpoint: Path) -> None:
+    async with asyncio.timeout(LIMIT_S):
+        with pytest.raises(ConfigError, match="kv_cache_bytes") as raised:
+            await make_client(tiny_checkpoint, kv_cache_bytes=1 << 20).start()
+    assert "\n" not in str(raised.value)
+    assert "holds 2048 tokens, less than the context of 4096" in str(raised.value)
+
+
+async def test_a_bad_checkpoint_is_one_line_and_no_second_try(
+    tmp_path: Path, temporary: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    client = make_client(tmp_path)
+    async with asyncio.timeout(LIMIT_S):
+        with pytest.raises(CheckpointError) as raised:
+            await client.start()
+    assert "\n" not in str(raised.value)
+    assert client.worker_pid is None and list(temporary.iterdir()) == []
+
+
+async def test_a_process_that_dies_at_once_is_a_failed_start(
+    tiny_checkpoint: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    client = make_client(tiny_checkpoint, entry_module="server.engine.no_such_module")
+    async with asyncio.timeout(LIMIT_S):
+        with pytest.raises(CheckpointError, match="ended unexpectedly"):
+            await client.start()
+    assert "No module named" in capfd.readouterr().err
+
+
+ORPHAN = """
+import asyncio, sys
+from pathlib import Path
+from tests.engine.test_supervision import make_client
+
+async def main():
+    client = make_client(Path(sys.argv[1]))
+    await client.start()
+    print(client.worker_pid, flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+def test_the_engine_process_never_outlives_the_one_that_started_it(tiny_checkpoint: Path) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", ORPHAN, str(tiny_checkpoint)], cwd=ROOT, stdout=subprocess.PIPE
+    )
+    try:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert is_alive(pid)
+        parent.kill()
+        deadline_s = time.monotonic() + 5
+        while is_alive(pid):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+    finally:
+        parent.kill()
+        parent.communicate(timeout=10)

@@ -1,0 +1,191 @@
+"""The worker's loop in this process: a scripted inbox before it, a scripted runner behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from server.core import Tiles, TokenEvent
+from server.engine.blocks import BlockPool
+from server.engine.messages import (
+    Abort,
+    FromEngine,
+    Joined,
+    Progress,
+    Stop,
+    Submit,
+    ToEngine,
+)
+from server.engine.scheduler import Scheduler
+from server.engine.sequence import Batch, DeviceError, SpanOutput
+from server.engine.worker import Worker
+from tests.engine.samples import FACTS, PICTURE, SPEC, make_request, make_tiles
+
+
+class ScriptedChannel:
+    """Hands out one list of messages each time it is asked; then says stop."""
+
+    def __init__(self, script: list[list[ToEngine]]) -> None:
+        self._script = iter(script)
+        self.sent: list[FromEngine] = []
+        self.timeouts_s: list[float] = []
+
+    def receive(self, *, timeout_s: float) -> list[tuple[ToEngine, list[Tiles]]]:
+        self.timeouts_s.append(timeout_s)
+        return [
+            (message, make_tiles(message.request) if isinstance(message, Submit) else [])
+            for message in next(self._script, [Stop()])
+        ]
+
+    def send(self, message: FromEngine) -> None:
+        self.sent.append(message)
+
+    @property
+    def events(self) -> list[TokenEvent]:
+        return [e for message in self.sent if isinstance(message, Progress) for e in message.events]
+
+
+class ScriptedRunner:
+    """Token 7 for everybody, except where `fault` does something for one of the requests."""
+
+    def __init__(self, fault: Callable[[str], None] = lambda request_id: None) -> None:
+        self._fault = fault
+        self.batches: list[list[str]] = []
+
+    def run(self, batch: Batch) -> list[SpanOutput]:
+        names = [span.sequence.request_id for span in batch.spans]
+        self.batches.append(names)
+        for name in names:
+            self._fault(name)
+        return [SpanOutput(7 if span.is_sampled else None) for span in batch.spans]
+
+
+def run(
+    script: list[list[ToEngine]], runner: ScriptedRunner | None = None, *, max_running: int = 1
+) -> tuple[ScriptedChannel, Scheduler]:
+    channel = ScriptedChannel(script)
+    scheduler = Scheduler(
+        BlockPool(num_blocks=64, block_size=4),
+        max_tokens_per_step=100,
+        max_tiles_per_step=100,
+        max_running=max_running,
+    )
+    worker = Worker(channel, scheduler, runner or ScriptedRunner(), facts=FACTS, vision=SPEC)
+    worker.run()
+    return channel, scheduler
+
+
+def submit(name: str, **options: object) -> Submit:
+    request = make_request(name, **options)  # type: ignore[arg-type]
+    return Submit(request, ())
+
+
+def raise_for(*names: str) -> Callable[[str], None]:
+    def fault(request_id: str) -> None:
+        if request_id in names:
+            raise ValueError("a fault")
+
+    return fault
+
+
+def test_a_request_is_announced_and_then_answered() -> None:
+    channel, _ = run([[submit("a", max_tokens=2)], [], []])
+    assert channel.sent[:3] == [
+        Joined(("a",)),
+        Progress((TokenEvent("a", 7),)),
+        Progress((TokenEvent("a", 7, "length"),)),
+    ]
+
+
+def test_it_waits_only_when_idle_and_then_says_that_it_lives() -> None:
+    channel, _ = run([[], [submit("a", max_tokens=3)], [], [], []])
+    assert channel.timeouts_s == [1.0, 1.0, 0, 0, 1.0, 1.0]
+    assert channel.sent.count(Progress()) == 2
+
+
+def test_every_step_is_a_sign_of_life() -> None:
+    """Also one that gives no token: here vision, and chunks of a prompt."""
+    channel, _ = run([[submit("a", prompt=(1,) * 250, max_tokens=1)], [], []])
+    progress = [message for message in channel.sent if isinstance(message, Progress)]
+    assert [len(message.events) for message in progress] == [0, 0, 1]
+
+
+def test_an_abort_takes_effect_before_the_next_step() -> None:
+    script: list[list[ToEngine]] = [[submit("a", max_tokens=50)], [Abort("a")]]
+    channel, scheduler = run(script)
+    assert channel.events == [TokenEvent("a", 7), TokenEvent("a", None, "abort")]
+    assert scheduler.pool.num_used == 0
+
+
+def test_aborting_the_unknown_is_harmless() -> None:
+    channel, _ = run([[Abort("nobody"), submit("a", max_tokens=1)]])
+    assert channel.events == [TokenEvent("a", 7, "length")]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code"),
+    [
+        ({"prompt": (1, FACTS.logits_width)}, "invalid_prompt"),
+        ({"prompt": (1, PICTURE, SPEC.image_token_id)}, "invalid_prompt"),
+        ({"max_tokens": 10_000}, "context_length_exceeded"),
+    ],
+)
+def test_what_should_not_have_come_gets_an_error_event(wrong: dict[str, object], code: str) -> None:
+    channel, _ = run([[submit("bad", **wrong), submit("good", max_tokens=1)]])
+    assert channel.events == [
+        TokenEvent("bad", None, "error", code),
+        TokenEvent("good", 7, "length"),
+    ]
+
+
+def test_the_one_that_fails_alone_ends_and_the_others_go_on() -> None:
+    script: list[list[ToEngine]] = [
+        [submit("good", max_tokens=2), submit("bad"), submit("also good", max_tokens=2)],
+        [],
+        [],
+    ]
+    runner = ScriptedRunner(raise_for("bad"))
+    channel, scheduler = run(script, runner, max_running=3)
+    assert runner.batches[:4] == [["good", "bad", "also good"], ["good"], ["bad"], ["also good"]]
+    assert channel.events == [
+        TokenEvent("good", 7),
+        TokenEvent("bad", None, "error", "internal_error"),
+        TokenEvent("also good", 7),
+        TokenEvent("good", 7, "length"),
+        TokenEvent("also good", 7, "length"),
+    ]
+    assert scheduler.pool.num_used == 0
+
+
+def test_a_fault_that_passes_costs_nobody_anything() -> None:
+    faults = iter([ValueError("once")])
+
+    def fail_once(request_id: str) -> None:
+        for fault in faults:
+            raise fault
+
+    channel, _ = run([[submit("a", max_tokens=1)]], ScriptedRunner(fail_once))
+    assert channel.events == [TokenEvent("a", 7, "length")]
+
+
+def test_a_second_failed_step_in_a_row_ends_the_process() -> None:
+    with pytest.raises(ValueError, match="a fault"):
+        run([[submit("bad"), submit("worse")], [], []], ScriptedRunner(raise_for("bad", "worse")))
+
+
+def test_failed_steps_with_a_good_one_between_do_not() -> None:
+    names = ("bad", "good", "worse")
+    script: list[list[ToEngine]] = [[submit(name, max_tokens=1) for name in names], [], []]
+    channel, _ = run(script, ScriptedRunner(raise_for("bad", "worse")))
+    assert [event.finish_reason for event in channel.events] == ["error", "length", "error"]
+
+
+def test_a_device_in_doubt_ends_the_process_at_once() -> None:
+    def fault(request_id: str) -> None:
+        raise DeviceError
+
+    runner = ScriptedRunner(fault)
+    with pytest.raises(DeviceError):
+        run([[submit("a")]], runner)
+    assert runner.batches == [["a"]]

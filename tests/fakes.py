@@ -1,0 +1,109 @@
+"""Stand-ins at the seams, so that nearly everything is tested without a model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from server.core import FinishReason, GenerationRequest, Tiles, TokenEvent
+from server.engine.client import EngineFacts, EngineStatus, TokenStream
+from server.errors import ServerError
+
+FAKE_FACTS = EngineFacts(
+    logits_width=512,
+    embedding_rows=512,
+    max_request_tokens=4096,
+    kv_tokens=4096,
+    kv_bytes=1 << 20,
+    block_size=64,
+    device="cpu",
+    dtype="float32",
+    attention="fake",
+    load_s=0.0,
+)
+
+
+class FakeEngine:
+    """An engine that answers every request from a script.
+
+    `tokens` are the ids of the answer, or a function that makes them from the request. The last
+    one carries `finish_reason`; an answer longer than the request's `max_tokens` is cut there and
+    ends with "length". With `error_code` the answer ends, after its tokens, in an error event.
+    `refuse` is raised by `submit`. With a `gate`, each event waits for one `gate.release()`.
+
+    `submitted` and `aborted` record what reached it; `running` are the ids not yet ended.
+    """
+
+    def __init__(
+        self,
+        tokens: Sequence[int] | Callable[[GenerationRequest], Sequence[int]] = (),
+        *,
+        finish_reason: FinishReason = "stop",
+        error_code: str | None = None,
+        refuse: ServerError | None = None,
+        status: EngineStatus = "ready",
+        facts: EngineFacts | None = FAKE_FACTS,
+        gate: asyncio.Semaphore | None = None,
+    ) -> None:
+        self.status: EngineStatus = status
+        self.facts = facts
+        self.worker_pid: int | None = None
+        self.refuse = refuse
+        self.submitted: list[tuple[GenerationRequest, tuple[Tiles, ...]]] = []
+        self.aborted: list[str] = []
+        self.running: dict[str, asyncio.Task[None]] = {}
+        self._mailboxes: dict[str, asyncio.Queue[TokenEvent]] = {}
+        self._tokens = tokens
+        self._finish_reason = finish_reason
+        self._error_code = error_code
+        self._gate = gate
+
+    async def start(self) -> None:
+        self.status = "ready"
+
+    async def stop(self) -> None:
+        self.status = "stopping"
+        for request_id, task in list(self.running.items()):
+            task.cancel()
+            event = TokenEvent(request_id, None, "error", "shutting_down")
+            self._mailboxes[request_id].put_nowait(event)
+        self.running.clear()
+
+    async def submit(self, request: GenerationRequest, tiles: Sequence[Tiles]) -> TokenStream:
+        if self.refuse is not None:
+            raise self.refuse
+        self.submitted.append((request, tuple(tiles)))
+        mailbox: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        task = asyncio.create_task(self._answer(request, mailbox))
+        self.running[request.request_id] = task
+        self._mailboxes[request.request_id] = mailbox
+        return TokenStream(mailbox, partial(self._abort, request.request_id))
+
+    def _abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+        task = self.running.pop(request_id, None)
+        if task is not None:
+            task.cancel()
+
+    async def _answer(self, request: GenerationRequest, mailbox: asyncio.Queue[TokenEvent]) -> None:
+        for event in self._script(request):
+            if self._gate is not None:
+                await self._gate.acquire()
+            if event.finish_reason is not None:
+                self.running.pop(request.request_id, None)
+            mailbox.put_nowait(event)
+
+    def _script(self, request: GenerationRequest) -> list[TokenEvent]:
+        ids = self._tokens(request) if callable(self._tokens) else self._tokens
+        ids = list(ids)[: request.sampling.max_tokens]
+        events = [TokenEvent(request.request_id, token_id) for token_id in ids]
+        if self._error_code is not None:
+            return [*events, TokenEvent(request.request_id, None, "error", self._error_code)]
+        reason: FinishReason = self._finish_reason
+        if len(ids) == request.sampling.max_tokens and reason == "stop":
+            reason = "stop" if ids[-1] in request.sampling.stop_token_ids else "length"
+        if not events:
+            return [TokenEvent(request.request_id, None, reason)]
+        events[-1] = TokenEvent(request.request_id, ids[-1], reason)
+        return events
