@@ -1,0 +1,61 @@
+"""POST /v1/chat/completions: read, prepare, submit, then stream the answer or add it up.
+
+Everything that can be refused is refused before the first byte of an answer. Must not know how
+prompts are made or tokens are chosen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from server.api.health import not_ready
+from server.api.json_body import json_response, read_json_object
+from server.api.models import check_name
+from server.api.schemas import parse_chat_request
+from server.api.sse import Answer, Envelope, EventStream, collect, sse_frames, until_client_leaves
+from server.chat.tokenizer import detokenize
+from server.errors import RequestTimeout
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(request: Request) -> Response:
+    state = request.app.state
+    deadline_s = asyncio.get_running_loop().time() + state.http.request_timeout_s
+    # Before anything is read, decoded or tokenised; `submit` asks again.
+    unavailable = not_ready(state.engine.status, is_draining=state.lifecycle.is_draining)
+    if unavailable is not None:
+        raise unavailable
+
+    parsed = parse_chat_request(await read_json_object(request), is_strict=state.http.strict)
+    request.state.num_unknown_parameters = parsed.num_unknown
+    wire = parsed.request
+    check_name(state.model, wire.model)
+    envelope = Envelope(f"chatcmpl-{uuid.uuid4().hex}", wire.model, int(time.time()))
+
+    async def begin() -> Answer:
+        # The id under which the engine knows the request is ours: clients choose theirs freely.
+        prepared = await state.preparer.prepare(
+            wire.to_chat_request(), request_id=envelope.id, tenant=request.state.tenant
+        )
+        stream = await state.engine.submit(prepared.request, prepared.tiles)
+        deltas = detokenize(stream, state.preparer.tokenizer, stop=prepared.stop)
+        return Answer(prepared.usage, deltas)
+
+    if wire.stream:
+        frames = sse_frames(begin, envelope, include_usage=wire.include_usage)
+        return EventStream(frames, deadline_s=deadline_s)
+    try:
+        async with asyncio.timeout_at(deadline_s) as deadline:
+            completion = await until_client_leaves(request.receive, collect(begin, envelope))
+    except TimeoutError:
+        if deadline.expired():
+            raise RequestTimeout() from None
+        raise
+    return json_response(completion)

@@ -1,0 +1,247 @@
+"""What every request passes before routing: an id, a log line, its key, and limits on its body.
+
+Three plain ASGI layers, outermost first: `RequestRecord`, `Authentication`, `BodyLimit`. They
+decide on `scope["path"]` and headers alone, never on the Host header, and read no body to decide.
+Must not know what any endpoint does.
+
+In `scope["state"]` the endpoints find `request_id` and `tenant`, and may leave
+`num_unknown_parameters` for the log. One that sees its client leave raises `ClientGone`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import re
+import secrets
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Final
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.health import Lifecycle
+from server.api.json_body import error_response
+from server.errors import (
+    InvalidApiKey,
+    MethodNotAllowed,
+    RequestTooLarge,
+    ServerError,
+    ShuttingDown,
+    UnsupportedContentType,
+)
+
+logger = logging.getLogger(__name__)
+access_logger = logging.getLogger("server.access")
+
+OPEN_PATHS: Final = frozenset({"/health", "/ready"})
+"""Answered without a key and not logged."""
+
+NO_TENANT: Final = ""
+"""The tenant of everyone where no keys are configured."""
+
+_CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
+_NEVER_ROUTED: Final = frozenset({"OPTIONS", "TRACE", "CONNECT"})
+_MAX_LOGGED_CHARS = 128
+# How much longer a client may go on sending after its answer, so that it gets to read the answer.
+_LINGER_S = 2.0
+
+
+class ClientGone(Exception):
+    """The client hung up: there is nobody left to answer."""
+
+
+class RequestRecord:
+    """Outermost: gives the request its id, turns a fault of ours into a 500, writes the log line.
+
+    While the server drains it refuses all but the open paths. After a 413 it goes on reading for a
+    moment: closing while the client still sends would reset the connection and lose the answer.
+    """
+
+    def __init__(self, app: ASGIApp, *, lifecycle: Lifecycle) -> None:
+        self._app = app
+        self._lifecycle = lifecycle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = _Record(scope, receive, send)
+        try:
+            await self._answer(scope, record)
+        except (ClientGone, ClientDisconnect):
+            record.client_gone = True
+        except Exception:
+            if record.client_gone:
+                logger.warning("request %s failed after its client left", record.request_id)
+            else:
+                logger.exception("request %s failed", record.request_id)
+                if record.status is None:
+                    await error_response(ServerError())(scope, receive, record.send)
+                else:
+                    raise
+        finally:
+            record.log()
+
+    async def _answer(self, scope: Scope, record: _Record) -> None:
+        if scope["path"] in OPEN_PATHS:
+            await self._app(scope, record.receive, record.send)
+        elif self._lifecycle.is_draining:
+            refusal = error_response(ShuttingDown(), headers={"connection": "close"})
+            await refusal(scope, record.receive, record.send)
+        else:
+            with self._lifecycle.running():
+                await self._app(scope, record.receive, record.send)
+
+
+class _Record:
+    """One request while it runs."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = Headers(scope=scope).get("x-request-id", "")
+        self.request_id = given if _CLIENT_ID.fullmatch(given) else uuid.uuid4().hex
+        self.status: int | None = None
+        self.is_complete = False
+        self.client_gone = False
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._started_s = time.monotonic()
+        scope.setdefault("state", {})["request_id"] = self.request_id
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.disconnect" and not self.is_complete:
+            self.client_gone = True
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self.request_id
+            if self.status == 413:
+                headers["connection"] = "close"
+        ends = message["type"] == "http.response.body" and not message.get("more_body", False)
+        if ends and self.status == 413:
+            await self._send({**message, "more_body": True})
+            await self._linger()
+            message = {"type": "http.response.body", "body": b""}
+        if ends:
+            self.is_complete = True
+        await self._send(message)
+
+    async def _linger(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER_S):
+                message = await self._receive()
+                while message["type"] == "http.request" and message.get("more_body", False):
+                    message = await self._receive()
+
+    def log(self) -> None:
+        path = self._scope["path"]
+        if path in OPEN_PATHS:
+            return
+        line = {
+            "event": "request",
+            "request_id": self.request_id,
+            "tenant": self._scope["state"].get("tenant", NO_TENANT),
+            "method": self._scope["method"][:_MAX_LOGGED_CHARS],
+            "path": path[:_MAX_LOGGED_CHARS],
+            "status": 499 if self.client_gone else self.status,
+            "duration_ms": round((time.monotonic() - self._started_s) * 1000, 1),
+        }
+        if num_unknown := self._scope["state"].get("num_unknown_parameters", 0):
+            line["num_unknown_parameters"] = num_unknown
+        # Escaped to ASCII: nothing a client wrote can break the line or the terminal.
+        access_logger.info(json.dumps(line, ensure_ascii=True))
+
+
+class Authentication:
+    """Deny by default: every path but the two open ones needs the Bearer key of a tenant.
+
+    Keys are known by their SHA-256 only; a presented key is compared with all of them in constant
+    time. Methods that no route has are refused here, so that no later layer can answer them.
+    """
+
+    def __init__(self, app: ASGIApp, *, api_keys: Mapping[str, str]) -> None:
+        self._app = app
+        self._digests = {name: bytes.fromhex(digest) for name, digest in api_keys.items()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if scope["method"] in _NEVER_ROUTED:
+            refusal = error_response(MethodNotAllowed(), headers={"allow": "GET, POST"})
+            await refusal(scope, receive, send)
+            return
+        if scope["path"] not in OPEN_PATHS:
+            tenant = self._tenant(Headers(scope=scope))
+            if tenant is None:
+                await error_response(InvalidApiKey())(scope, receive, send)
+                return
+            scope.setdefault("state", {})["tenant"] = tenant
+        await self._app(scope, receive, send)
+
+    def _tenant(self, headers: Headers) -> str | None:
+        """Whose key the request carries; None where it carries none that is known."""
+        if not self._digests:
+            return NO_TENANT
+        given = headers.getlist("authorization")
+        scheme, _, key = given[0].partition(" ") if len(given) == 1 else ("", "", "")
+        presented = hashlib.sha256(key.strip(" ").encode("latin-1")).digest()
+        owner: str | None = None
+        for name, digest in self._digests.items():
+            if secrets.compare_digest(presented, digest):
+                owner = name
+        return owner if scheme.lower() == "bearer" and key else None
+
+
+class BodyLimit:
+    """Bodies come as they are, not encoded, and no longer than allowed whatever they claim."""
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        refusal = self._refusal(Headers(scope=scope))
+        if refusal is not None:
+            await error_response(refusal)(scope, receive, send)
+            return
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_bytes:
+                raise self._too_large()
+            return message
+
+        await self._app(scope, counted, send)
+
+    def _refusal(self, headers: Headers) -> ServerError | None:
+        length = headers.get("content-length", "")
+        # Digits only and few: the server below has checked the header's form.
+        if length.isascii() and length.isdigit() and int(length[:20]) > self._max_bytes:
+            return self._too_large()
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            return UnsupportedContentType()
+        return None
+
+    def _too_large(self) -> RequestTooLarge:
+        return RequestTooLarge(f"The request body is larger than {self._max_bytes} bytes.")

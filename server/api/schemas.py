@@ -1,0 +1,320 @@
+"""What a chat request may say: each field honoured, or refused by name.
+
+`parse_chat_request` is the only way from a JSON object to a `ChatCompletionRequest`. A field that
+OpenAI or the engines beside us know and we do not honour yet stands in `UNSUPPORTED` with the
+values that ask for nothing; any other value of it is an error, never silence. Must not know how an
+answer is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Final
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from server.chat.prepare import ChatRequest
+from server.errors import (
+    ArrayTooLong,
+    InvalidRequest,
+    InvalidType,
+    MissingParameter,
+    ServerError,
+    StringTooLong,
+    UnknownParameter,
+    UnsupportedParameter,
+    quoted,
+)
+
+MAX_STOP_STRINGS = 4
+MAX_STOP_CHARS = 256
+MAX_USER_BYTES = 512
+_INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
+
+UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
+    # OpenAI
+    "audio": (),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "metadata": ({},),
+    "modalities": (["text"],),
+    "moderation": (),
+    "n": (1,),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "prompt_cache_key": ("",),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": (),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "safety_identifier": ("",),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    # OpenAI, older or of other endpoints
+    "best_of": (1,),
+    "echo": (False,),
+    "prompt": (),
+    "suffix": ("",),
+    # vLLM
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (False,),
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "cache_salt": ("",),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "guided_choice": (),
+    "guided_decoding_backend": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_whitespace_pattern": (),
+    "include_reasoning": (True,),
+    "include_stop_str_in_output": (False,),
+    "kv_transfer_params": ({},),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "media_io_kwargs": ({},),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "mm_processor_kwargs": ({},),
+    "priority": (0,),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "request_id": (),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True, False),
+    "stop_token_ids": ([],),
+    "structural_tag": (),
+    "structured_outputs": (),
+    "thinking_token_budget": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+    # SGLang
+    "custom_logit_processor": (),
+    "custom_params": (),
+    "data_parallel_rank": (),
+    "ebnf": (),
+    "extra_key": (),
+    "input_embeds": (),
+    "input_ids": (),
+    "json_schema": (),
+    "logprob_start_len": (-1,),
+    "lora_path": (),
+    "min_new_tokens": (0,),
+    "no_stop_trim": (False,),
+    "regex": (),
+    "return_hidden_states": (False,),
+    "rid": (),
+    "separate_reasoning": (True,),
+    "session_params": (),
+    "stop_regex": ([],),
+    "stream_reasoning": (True,),
+    "typical_p": (1,),
+}
+"""Known fields that are not honoured -> the values, besides null, that ask for nothing."""
+
+
+def _integral(value: object) -> object:
+    """1.0 may stand where an integer is due; the JSON of some clients has no integers."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Flag = Annotated[bool, Field(strict=True)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Integer = Annotated[int, Field(strict=True), BeforeValidator(_integral)]
+Text = Annotated[str, Field(strict=True)]
+StopString = Annotated[str, Field(strict=True, min_length=1, max_length=MAX_STOP_CHARS)]
+
+
+class StreamOptions(BaseModel):
+    """`include_obfuscation` is a hint: nothing is padded, whatever it says."""
+
+    model_config = ConfigDict(frozen=True)
+
+    include_usage: Flag | None = None
+    include_obfuscation: Flag | None = None
+    continuous_usage_stats: Flag | None = None
+
+
+class ChatCompletionRequest(BaseModel):
+    """The body of POST /v1/chat/completions, as far as it is honoured. Null means not given."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: Text
+    messages: Annotated[list[Any], Field(strict=True)]
+    max_tokens: Annotated[Integer, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[Integer, Field(ge=1)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[Integer, Field(ge=-1, le=2**31 - 1)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
+    stop: (
+        Annotated[
+            list[StopString],
+            Field(strict=True, max_length=MAX_STOP_STRINGS),
+            BeforeValidator(_as_list),
+        ]
+        | None
+    ) = None
+    seed: Annotated[Integer, Field(ge=_INT64_MIN, le=_INT64_MAX)] | None = None
+    ignore_eos: Flag | None = None
+    stream: Flag | None = None
+    stream_options: StreamOptions | None = None
+    user: Text | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def to_chat_request(self) -> ChatRequest:
+        """What the answer depends on, without the wire's habits."""
+        return ChatRequest(
+            messages=self.messages,
+            max_tokens=self.max_tokens or self.max_completion_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            # -1 is what other engines call "off".
+            top_k=None if self.top_k is None else max(self.top_k, 0),
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+            stop=tuple(self.stop or ()),
+            ignore_eos=bool(self.ignore_eos),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedChat:
+    """A valid request, and how many of its fields nobody knows."""
+
+    request: ChatCompletionRequest
+    num_unknown: int
+
+
+def parse_chat_request(body: Mapping[str, Any], *, is_strict: bool) -> ParsedChat:
+    """The request in `body`; raises the contract's 400 for the first thing wrong with it."""
+    for name, neutral in UNSUPPORTED.items():
+        if not _is_neutral(body.get(name), neutral):
+            raise UnsupportedParameter(f"{name} is not supported by this server.", param=name)
+    honoured = ChatCompletionRequest.model_fields
+    unknown = [name for name in body if name not in honoured and name not in UNSUPPORTED]
+    if unknown and is_strict:
+        raise UnknownParameter(f"Unknown parameter {quoted(unknown[0])}.", param=unknown[0][:64])
+    try:
+        request = ChatCompletionRequest.model_validate(
+            {name: body[name] for name in honoured if name in body}
+        )
+    except ValidationError as error:
+        raise _translated(error, body) from None
+    _check_together(request)
+    return ParsedChat(request, num_unknown=len(unknown))
+
+
+def _check_together(request: ChatCompletionRequest) -> None:
+    """What no field shows by itself."""
+    limits = {request.max_tokens, request.max_completion_tokens} - {None}
+    if len(limits) == 2:
+        raise InvalidRequest(
+            "max_tokens and max_completion_tokens mean the same here and must not differ.",
+            param="max_tokens",
+        )
+    if request.stream_options is not None:
+        if not request.stream:
+            raise InvalidRequest(
+                "stream_options is allowed only when stream is true.", param="stream_options"
+            )
+        if request.stream_options.continuous_usage_stats:
+            raise UnsupportedParameter(
+                "stream_options.continuous_usage_stats is not supported by this server.",
+                param="stream_options.continuous_usage_stats",
+            )
+    if request.user is not None and len(request.user.encode()) > MAX_USER_BYTES:
+        raise StringTooLong(f"user must be at most {MAX_USER_BYTES} bytes long.", param="user")
+
+
+def _is_neutral(value: object, neutral: tuple[object, ...]) -> bool:
+    if value is None:
+        return True
+    # In Python true equals 1; on the wire they are different answers.
+    return any(
+        isinstance(value, bool) == isinstance(each, bool) and value == each for each in neutral
+    )
+
+
+_EXPECTED: Final[Mapping[str, str]] = {
+    "bool_type": "must be true or false",
+    "dict_type": "must be an object",
+    "float_type": "must be a number",
+    "int_type": "must be an integer",
+    "list_type": "must be an array",
+    "model_type": "must be an object",
+    "string_type": "must be a string",
+}
+
+
+def _translated(error: ValidationError, body: Mapping[str, Any]) -> ServerError:
+    """The first fault in our words; pydantic's own may repeat what the client sent."""
+    first = error.errors(include_url=False)[0]
+    kind, limits = first["type"], first.get("ctx", {})
+    param = _path_sent(first["loc"], body)
+    if kind == "missing":
+        return MissingParameter(f"{param} is required.", param=param)
+    if kind in _EXPECTED:
+        return InvalidType(f"{param} {_EXPECTED[kind]}.", param=param)
+    if kind == "too_long":
+        most = limits["max_length"]
+        return ArrayTooLong(f"{param} must have at most {most} items.", param=param)
+    if kind == "string_too_long":
+        most = limits["max_length"]
+        return StringTooLong(f"{param} must be at most {most} characters long.", param=param)
+    if kind in ("too_short", "string_too_short"):
+        return InvalidRequest(f"{param} must not be empty.", param=param)
+    for name, words in (
+        ("ge", "at least"),
+        ("gt", "greater than"),
+        ("le", "at most"),
+    ):
+        if name in limits:
+            return InvalidRequest(
+                f"{param} must be {words} {limits[name]:g}; {first['input']!r} was given.",
+                param=param,
+            )
+    return InvalidRequest(f"{param} is invalid.", param=param)
+
+
+def _path_sent(location: tuple[int | str, ...], body: Mapping[str, Any]) -> str:
+    """The place of a fault in what the client sent: `stop` may be a string where we hold a list."""
+    path = ""
+    value: Any = body
+    for step in location:
+        if isinstance(step, int):
+            if not isinstance(value, list):
+                break
+            path += f"[{step}]"
+            value = value[step]
+        else:
+            path += f".{step}" if path else step
+            value = value.get(step) if isinstance(value, dict) else None
+    return path

@@ -1,0 +1,282 @@
+"""An answer on the wire: `Delta`s printed as server-sent events, or added up to one completion.
+
+`sse_frames` and `collect` read the same `Answer`; usage and finish reason are worked out once, in
+it. `EventStream` is the HTTP side of a stream: when its headers go out, what keeps it alive, and
+how it ends whatever happens. Must not know where an answer comes from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from server.api.json_body import error_json, to_json
+from server.api.middleware import ClientGone
+from server.chat.prepare import PromptUsage
+from server.chat.tokenizer import Delta
+from server.core import FinishReason
+from server.errors import RequestTimeout, ServerError
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+FIRST_EVENT_WAIT_S = 10.0
+KEEP_ALIVE_S = 15.0
+SLOW_CLIENT_S = 30.0
+
+DONE: Final = b"data: [DONE]\n\n"
+_KEEP_ALIVE: Final = b": keep-alive\n\n"
+# Legal in JSON, but line ends to clients that split text where Unicode would.
+_LINE_ENDS: Final = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """What all pieces of one answer have in common; `created_s` in seconds since 1970."""
+
+    id: str
+    model: str
+    created_s: int
+
+
+class Answer:
+    """One answer while it is being made: its text as it comes, its token counts, how it ended."""
+
+    def __init__(self, prompt: PromptUsage, deltas: AsyncGenerator[Delta, None]) -> None:
+        self._prompt = prompt
+        self._deltas = deltas
+        self._completion_tokens = 0
+        self.finish_reason: FinishReason | None = None
+
+    async def texts(self) -> AsyncGenerator[str, None]:
+        """The pieces of the text, none of them empty; afterwards `finish_reason` is set."""
+        async with contextlib.aclosing(self._deltas):
+            async for delta in self._deltas:
+                self._completion_tokens += delta.num_tokens
+                if delta.text:
+                    yield delta.text
+                self.finish_reason = delta.finish_reason
+        if self.finish_reason not in ("stop", "length"):
+            # Nobody but us aborts, so an answer cut off is our fault.
+            raise ServerError()
+
+    def usage(self) -> dict[str, object]:
+        return {
+            "prompt_tokens": self._prompt.prompt_tokens,
+            "completion_tokens": self._completion_tokens,
+            "total_tokens": self._prompt.prompt_tokens + self._completion_tokens,
+            "prompt_tokens_details": {
+                "text_tokens": self._prompt.text_tokens,
+                "image_tokens": self._prompt.image_tokens,
+                "video_tokens": self._prompt.video_tokens,
+            },
+        }
+
+
+Begin = Callable[[], Awaitable[Answer]]
+"""Prepares and admits the request, or raises a ServerError."""
+
+
+async def collect(begin: Begin, envelope: Envelope) -> dict[str, object]:
+    """The whole answer as one chat completion."""
+    answer = await begin()
+    async with contextlib.aclosing(answer.texts()) as texts:
+        content = "".join([text async for text in texts])
+    return {
+        "id": envelope.id,
+        "object": "chat.completion",
+        "created": envelope.created_s,
+        "model": envelope.model,
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": content, "refusal": None},
+                "logprobs": None,
+                "finish_reason": answer.finish_reason,
+            }
+        ],
+        "usage": answer.usage(),
+    }
+
+
+async def sse_frames(
+    begin: Begin, envelope: Envelope, *, include_usage: bool
+) -> AsyncGenerator[bytes, None]:
+    """The answer as chat completion chunks, `[DONE]` included; the first one gives the role."""
+    answer = await begin()
+    role: dict[str, str] | None = {"role": "assistant", "content": ""}
+
+    def chunk(delta: dict[str, str], finish_reason: FinishReason | None = None) -> bytes:
+        choice = {
+            "index": 0,
+            "delta": delta,
+            "logprobs": None,
+            "finish_reason": finish_reason,
+        }
+        return frame([choice], usage=None)
+
+    def frame(choices: list[dict[str, Any]], *, usage: dict[str, object] | None) -> bytes:
+        content: dict[str, object] = {
+            "id": envelope.id,
+            "object": "chat.completion.chunk",
+            "created": envelope.created_s,
+            "model": envelope.model,
+            "choices": choices,
+        }
+        if include_usage:
+            content["usage"] = usage
+        return data_frame(to_json(content))
+
+    async with contextlib.aclosing(answer.texts()) as texts:
+        async for text in texts:
+            if role is not None:
+                yield chunk(role)
+                role = None
+            yield chunk({"content": text})
+    if role is not None:
+        yield chunk(role)
+    yield chunk({}, answer.finish_reason)
+    if include_usage:
+        yield frame([], usage=answer.usage())
+    yield DONE
+
+
+def data_frame(content: bytes) -> bytes:
+    """One event with one line of JSON."""
+    text = content.decode("utf-8")
+    return f"data: {text.translate(_LINE_ENDS)}\n\n".encode()
+
+
+async def until_client_leaves(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`; ClientGone, with `work` cancelled, where the client leaves before."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(client_leaves(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone()
+        return working.result()
+    finally:
+        await cancel(working, leaving)
+
+
+async def client_leaves(receive: Receive) -> None:
+    """Returns when the client hangs up. The request's body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def cancel(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel the tasks and wait until they have cleaned up."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class EventStream(Response):
+    """Frames as they come.
+
+    Until the headers go out, with the first frame or after `first_event_wait_s`, an error of the
+    frames is raised, so that it becomes a plain HTTP answer. After that it becomes one error frame
+    and `[DONE]`: a body that was begun is always ended. While nothing comes, comments keep the
+    connection alive. A client that leaves, or reads nothing for `slow_client_s`, raises ClientGone
+    and closes the frames.
+    """
+
+    def __init__(
+        self,
+        frames: AsyncGenerator[bytes, None],
+        *,
+        deadline_s: float,
+        first_event_wait_s: float = FIRST_EVENT_WAIT_S,
+        keep_alive_s: float = KEEP_ALIVE_S,
+        slow_client_s: float = SLOW_CLIENT_S,
+    ) -> None:
+        """`deadline_s` is a time of the event loop's clock."""
+        super().__init__(media_type="text/event-stream; charset=utf-8")
+        del self.headers["content-length"]
+        self.headers["cache-control"] = "no-cache"
+        self.headers["x-accel-buffering"] = "no"
+        self._frames = frames
+        self._deadline_s = deadline_s
+        self._first_event_wait_s = first_event_wait_s
+        self._keep_alive_s = keep_alive_s
+        self._slow_client_s = slow_client_s
+        self._is_started = False
+        self._last_sent_s = 0.0
+        self._sending = asyncio.Lock()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        pumping = asyncio.ensure_future(self._pump(send))
+        leaving = asyncio.ensure_future(client_leaves(receive))
+        keeping_alive = asyncio.ensure_future(self._keep_alive(send))
+        tasks = (pumping, leaving, keeping_alive)
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in (pumping, keeping_alive):
+                if task.done():
+                    task.result()
+            if not pumping.done():
+                raise ClientGone()
+        finally:
+            await cancel(*tasks)
+
+    async def _pump(self, send: Send) -> None:
+        try:
+            async with (
+                contextlib.aclosing(self._frames) as frames,
+                asyncio.timeout_at(self._deadline_s) as deadline,
+            ):
+                async for frame in frames:
+                    await self._send(send, frame)
+        except Exception as error:
+            if isinstance(error, ClientGone):
+                raise
+            if isinstance(error, TimeoutError) and deadline.expired():
+                error = RequestTimeout()
+            if not self._is_started:
+                raise error from None
+            if not isinstance(error, ServerError):
+                logger.exception("a stream failed")
+                error = ServerError()
+            await self._send(send, data_frame(error_json(error)) + DONE)
+        async with self._sending:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _keep_alive(self, send: Send) -> None:
+        """Runs until cancelled, or the client reads nothing."""
+        clock = asyncio.get_running_loop().time
+        await asyncio.sleep(self._first_event_wait_s)
+        if not self._is_started:
+            await self._send(send, _KEEP_ALIVE)
+        while True:
+            quiet_s = clock() - self._last_sent_s
+            if quiet_s >= self._keep_alive_s:
+                await self._send(send, _KEEP_ALIVE)
+            else:
+                await asyncio.sleep(self._keep_alive_s - quiet_s)
+
+    async def _send(self, send: Send, body: bytes) -> None:
+        try:
+            async with self._sending, asyncio.timeout(self._slow_client_s):
+                if not self._is_started:
+                    self._is_started = True
+                    await send(
+                        {
+                            "type": "http.response.start",
+                            "status": self.status_code,
+                            "headers": self.raw_headers,
+                        }
+                    )
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+                self._last_sent_s = asyncio.get_running_loop().time()
+        except TimeoutError as error:
+            raise ClientGone() from error

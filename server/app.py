@@ -1,0 +1,111 @@
+"""The composition root: given its parts, an ASGI application that serves them.
+
+`build_app` decides nothing that its arguments could; it names the routes, the layers around them
+and what becomes of an error. Endpoints find the parts in `request.app.state`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from server.api import chat, health, models
+from server.api.health import Lifecycle
+from server.api.json_body import error_response
+from server.api.middleware import Authentication, BodyLimit, RequestRecord
+from server.api.models import ServedModel
+from server.chat.prepare import Preparer
+from server.config import HttpConfig
+from server.engine.client import Engine
+from server.errors import MethodNotAllowed, ServerError, UnknownUrl
+
+logger = logging.getLogger(__name__)
+
+ROUTERS = (chat.router, models.router, health.router)
+
+
+def build_app(
+    http: HttpConfig,
+    engine: Engine,
+    preparer: Preparer,
+    model: ServedModel,
+    *,
+    on_load_failure: Callable[[Exception], None],
+) -> FastAPI:
+    """The application. It answers /health and /ready while the engine is still loading.
+
+    The engine starts and stops with the application. Where it cannot load its model,
+    `on_load_failure` is called with the reason, and is to end the process.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(_load(engine, on_load_failure))
+        try:
+            yield
+        finally:
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
+            await engine.stop()
+
+    app = FastAPI(
+        title="hcx-server",
+        lifespan=lifespan,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.http = http
+    app.state.engine = engine
+    app.state.preparer = preparer
+    app.state.model = model
+    app.state.lifecycle = Lifecycle()
+
+    for router in ROUTERS:
+        app.include_router(router)
+    app.add_exception_handler(ServerError, _answer_server_error)
+    app.add_exception_handler(HTTPException, _answer_routing_error)
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimit, max_bytes=http.max_body_bytes)
+    app.add_middleware(Authentication, api_keys=http.api_keys)
+    app.add_middleware(RequestRecord, lifecycle=app.state.lifecycle)
+    return app
+
+
+async def drain(app: FastAPI) -> None:
+    """Take no new requests, let running ones finish for the configured time, then end the rest.
+
+    To be awaited before the server stops listening: until then /ready says no and new requests are
+    told why. Those still running after the time end in an error or an error frame.
+    """
+    lifecycle: Lifecycle = app.state.lifecycle
+    lifecycle.is_draining = True
+    if not await lifecycle.wait_idle(timeout_s=app.state.http.drain_timeout_s):
+        logger.warning("requests still running after the drain time are ended")
+        await app.state.engine.stop()
+
+
+async def _load(engine: Engine, on_load_failure: Callable[[Exception], None]) -> None:
+    try:
+        await engine.start()
+    except Exception as error:
+        on_load_failure(error)
+
+
+async def _answer_server_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ServerError)
+    return error_response(error)
+
+
+async def _answer_routing_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        return error_response(MethodNotAllowed(), headers=error.headers)
+    return error_response(UnknownUrl())

@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+from openai.types.chat import completion_create_params
+
+from server.api.schemas import UNSUPPORTED, ChatCompletionRequest, parse_chat_request
+from server.errors import InvalidRequest, UnknownParameter, UnsupportedParameter
+
+LEAST: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def parse(**fields: Any) -> ChatCompletionRequest:
+    return parse_chat_request(LEAST | fields, is_strict=False).request
+
+
+def refusal(**fields: Any) -> tuple[str, str | None]:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(**fields)
+    assert caught.value.message
+    return caught.value.code, caught.value.param
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_a_field_not_honoured_is_refused_by_name_unless_it_asks_for_nothing(name: str) -> None:
+    for neutral in (None, *UNSUPPORTED[name]):
+        parse(**{name: neutral})
+    for value in ("something", 7, 0.5, ["x"], {"x": 1}):
+        assert refusal(**{name: value}) == ("unsupported_parameter", name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", True),
+        ("n", 2),
+        ("n", 0),
+        ("n", "1"),
+        ("logprobs", 0),
+        ("logprobs", True),
+        ("top_logprobs", False),
+        ("store", True),
+        ("presence_penalty", False),
+        ("presence_penalty", -0.5),
+        ("modalities", ["text", "audio"]),
+        ("modalities", []),
+        ("response_format", {"type": "json_object"}),
+        ("tools", [{"type": "function"}]),
+        ("tool_choice", "required"),
+        ("tool_choice", {"type": "function", "function": {"name": "f"}}),
+        ("service_tier", "flex"),
+        ("logit_bias", {"5": 1}),
+        ("best_of", 2),
+        ("echo", True),
+        ("skip_special_tokens", False),
+        ("add_generation_prompt", False),
+    ],
+)
+def test_values_that_ask_for_something(name: str, value: object) -> None:
+    assert refusal(**{name: value}) == ("unsupported_parameter", name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("n", 1.0), ("presence_penalty", -0.0), ("frequency_penalty", 0.0)]
+)
+def test_neutral_numbers_may_be_written_as_floats(name: str, value: float) -> None:
+    parse(**{name: value})
+
+
+def test_every_field_of_the_openai_client_is_known() -> None:
+    known = {
+        name
+        for kind in get_args(completion_create_params.CompletionCreateParams)
+        for name in kind.__annotations__
+    } | set(completion_create_params.CompletionCreateParamsBase.__annotations__)
+    assert {"model", "messages", "web_search_options"} <= known
+    assert known <= {*ChatCompletionRequest.model_fields, *UNSUPPORTED}
+
+
+def test_no_field_is_both_honoured_and_refused() -> None:
+    assert not set(ChatCompletionRequest.model_fields) & set(UNSUPPORTED)
+
+
+WRONG_TYPES: dict[str, list[object]] = {
+    "model": [1, True, ["m"], {}],
+    "messages": [1, "hi", True, {"role": "user"}],
+    "max_tokens": [True, "1", 1.5, [1], {}],
+    "max_completion_tokens": [False, "1", 0.5, [1]],
+    "temperature": [True, "1", [1], {}],
+    "top_p": [True, "1", [1]],
+    "top_k": [True, "1", 1.5],
+    "repetition_penalty": [True, "1"],
+    "stop": [1, True, {}],
+    "seed": [True, "1", 1.5],
+    "ignore_eos": [0, 1, "true", []],
+    "stream": [0, 1, "true", []],
+    "stream_options": [True, "usage", []],
+    "user": [1, True, ["u"]],
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TYPES)
+def test_values_of_another_type_are_refused(name: str) -> None:
+    for value in WRONG_TYPES[name]:
+        assert refusal(**{name: value}) == ("invalid_type", name), value
+
+
+OUT_OF_RANGE: dict[str, list[object]] = {
+    "max_tokens": [0, -1, -(2**63)],
+    "max_completion_tokens": [0, -1],
+    "temperature": [-0.1, -5e-324, 2.0000001, 3, 1e308],
+    "top_p": [0, -0.0, -0.5, 1.0000001, 2],
+    "top_k": [-2, 2**31, 2**63],
+    "repetition_penalty": [0, -1, 0.001, 101, 1e308],
+    "seed": [2**63, 2**64 - 1],
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_numbers_out_of_range_are_refused(name: str) -> None:
+    for value in OUT_OF_RANGE[name]:
+        assert refusal(**{name: value}) == ("invalid_value", name), value
+
+
+IN_RANGE: dict[str, list[tuple[object, object]]] = {
+    "max_tokens": [(1, 1), (1.0, 1), (2**31, 2**31)],
+    "temperature": [(0, 0.0), (-0.0, 0.0), (2, 2.0), (5e-324, 5e-324), (1.0, 1.0)],
+    "top_p": [(1, 1.0), (5e-324, 5e-324)],
+    "top_k": [(-1, 0), (0, 0), (1, 1), (40.0, 40)],
+    "repetition_penalty": [(1, 1.0), (0.01, 0.01), (100, 100.0)],
+    "stop": [("x", ("x",)), (["a", "b"], ("a", "b")), ([], ()), (["<|im_end|>"], ("<|im_end|>",))],
+    "seed": [(-(2**63), -(2**63)), (2**63 - 1, 2**63 - 1), (0, 0), (7.0, 7)],
+    "ignore_eos": [(True, True), (False, False)],
+}
+
+
+@pytest.mark.parametrize("name", IN_RANGE)
+def test_values_in_range_reach_the_conversation(name: str) -> None:
+    for value, expected in IN_RANGE[name]:
+        converted = getattr(parse(**{name: value}).to_chat_request(), name)
+        assert (type(converted), converted) == (type(expected), expected)
+    missing = getattr(parse().to_chat_request(), name)
+    assert getattr(parse(**{name: None}).to_chat_request(), name) == missing
+
+
+@pytest.mark.parametrize("name", ["model", "messages"])
+def test_required_fields(name: str) -> None:
+    body = {key: value for key, value in LEAST.items() if key != name}
+    with pytest.raises(InvalidRequest) as caught:
+        parse_chat_request(body, is_strict=False)
+    assert (caught.value.code, caught.value.param) == ("missing_required_parameter", name)
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "param"),
+    [
+        ("", "invalid_value", "stop"),
+        ([""], "invalid_value", "stop[0]"),
+        (["a", 1], "invalid_type", "stop[1]"),
+        (["a"] * 5, "array_above_max_length", "stop"),
+        ("x" * 257, "string_above_max_length", "stop"),
+        (["a", "x" * 257], "string_above_max_length", "stop[1]"),
+        ([["a"]], "invalid_type", "stop[0]"),
+    ],
+)
+def test_stop_strings(stop: object, code: str, param: str) -> None:
+    assert refusal(stop=stop) == (code, param)
+
+
+def test_both_limits_may_be_given_only_if_they_agree() -> None:
+    both = parse(max_tokens=5, max_completion_tokens=5)
+    assert both.to_chat_request().max_tokens == 5
+    assert parse(max_completion_tokens=7).to_chat_request().max_tokens == 7
+    assert refusal(max_tokens=5, max_completion_tokens=6) == ("invalid_value", "max_tokens")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "param"),
+    [
+        ({"include_usage": 1}, "invalid_type", "stream_options.include_usage"),
+        ({"include_obfuscation": "no"}, "invalid_type", "stream_options.include_obfuscation"),
+        (
+            {"continuous_usage_stats": True},
+            "unsupported_parameter",
+            "stream_options.continuous_usage_stats",
+        ),
+    ],
+)
+def test_stream_options(options: object, code: str, param: str) -> None:
+    assert refusal(stream=True, stream_options=options) == (code, param)
+
+
+def test_stream_options_need_a_stream() -> None:
+    for stream in ({}, {"stream": False}, {"stream": None}):
+        code_and_param = refusal(stream_options={"include_usage": True}, **stream)
+        assert code_and_param == ("invalid_value", "stream_options")
+    assert parse(stream=True, stream_options={"include_usage": True}).include_usage
+    for options in (None, {}, {"include_usage": False}, {"include_obfuscation": True}):
+        assert not parse(stream=True, stream_options=options).include_usage
+
+
+def test_user_is_a_short_hint() -> None:
+    parse(user="u" * 512)
+    assert refusal(user="원" * 171) == ("string_above_max_length", "user")
+
+
+def test_fields_nobody_knows_are_counted_or_refused() -> None:
+    body = LEAST | {"frobnicate": 1, "flux\n": None}
+    assert parse_chat_request(body, is_strict=False).num_unknown == 2
+    assert parse_chat_request(LEAST, is_strict=True).num_unknown == 0
+    with pytest.raises(UnknownParameter) as caught:
+        parse_chat_request(body, is_strict=True)
+    assert caught.value.param == "frobnicate"
+    with pytest.raises(UnsupportedParameter):
+        parse_chat_request(LEAST | {"n": 2}, is_strict=True)
+
+
+def test_messages_never_repeat_long_input() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_chat_request(LEAST | {"x" * 10_000: 1}, is_strict=True)
+    assert len(caught.value.message) < 200
+    assert len(caught.value.param or "") <= 64
+    with pytest.raises(InvalidRequest) as caught:
+        parse(temperature="hot" * 10_000)
+    assert "hot" not in caught.value.message
