@@ -1,0 +1,495 @@
+"""The command line: `serve`, `check` and `version`.
+
+Turns settings into running parts and says what it found, in a few lines. Whatever keeps the server
+from starting is one line on stderr and a non-zero exit. It must not know how any part works.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+import uvicorn
+from fastapi import FastAPI
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from server import __version__
+from server.api.models import ServedModel
+from server.app import build_app, drain
+from server.chat.prepare import ModelFacts, Preparer, SamplingDefaults
+from server.chat.template import ChatTemplate
+from server.chat.tokenizer import Tokenizer
+from server.config import Config, HttpConfig, load_config
+from server.core import VisionLayout, VisionSpec
+from server.engine.client import Engine, EngineClient, EngineFacts
+from server.errors import CheckpointError, ConfigError
+from server.hub import find_checkpoint, is_hub_name
+from server.model.config import CheckpointInfo, read_checkpoint
+from server.vision.frames import frame_queries
+
+# A group of processes is told to end more than once: by whoever ends it, and by make within it.
+SAME_SIGNAL_S = 0.5
+
+cli = typer.Typer(
+    name="hcx-server",
+    help="An OpenAI-compatible server for HyperCLOVAX-SEED vision and text models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="A checkpoint's folder or hub name (owner/name). Default: the demo model."),
+]
+RevisionOption = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a hub name. Default: its main branch.")
+]
+HostOption = Annotated[str | None, typer.Option(help="Address to listen on.")]
+PortOption = Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")]
+DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DtypeOption = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
+ConfigOption = Annotated[
+    Path | None, typer.Option(help="A settings file; config.yaml shows every setting.")
+]
+
+
+def main() -> None:
+    """The console script."""
+    cli()
+
+
+@cli.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(f"hcx-server {__version__}")
+
+
+@cli.command()
+def check(
+    model: ModelOption = None, revision: RevisionOption = None, config: ConfigOption = None
+) -> None:
+    """Read a checkpoint's metadata and print what was found, without loading its weights."""
+    with _one_line_on_failure():
+        settings = load_config(config, _flags(model={"path": model, "revision": revision}))
+        # What would be logged is among the findings.
+        logging.getLogger("server").addHandler(logging.NullHandler())
+        info, _ = _read_model(settings)
+        tokenizer, template = _read_chat(info)
+        for name, line in _findings(info, tokenizer, template):
+            typer.echo(f"{name:<16} {line}")
+
+
+@cli.command()
+def serve(
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    host: HostOption = None,
+    port: PortOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Load a model and answer requests until SIGTERM or Ctrl-C."""
+    with _one_line_on_failure():
+        settings = load_config(
+            config,
+            _flags(
+                http={"host": host, "port": port},
+                model={"path": model, "revision": revision, "device": device, "dtype": dtype},
+            ),
+        )
+        with _bound_socket(settings.http) as listener:
+            _start_logging()
+            _serve(settings, listener)
+
+
+@contextlib.contextmanager
+def _one_line_on_failure() -> Iterator[None]:
+    try:
+        yield
+    except (ConfigError, CheckpointError) as error:
+        _fail(str(error))
+
+
+def _fail(reason: str) -> NoReturn:
+    typer.echo(f"hcx-server: {' '.join(reason.split())}", err=True)
+    raise typer.Exit(1)
+
+
+def _flags(**sections: Mapping[str, object]) -> dict[str, dict[str, Any]]:
+    """The flags that were given; None is a flag that was not."""
+    return {
+        section: {key: value for key, value in entries.items() if value is not None}
+        for section, entries in sections.items()
+    }
+
+
+def _read_model(config: Config) -> tuple[CheckpointInfo, str]:
+    """The configured checkpoint, fetched if it has to be, and the name clients use for it."""
+    model, revision = config.model.path, config.model.revision
+    if model is not None and is_hub_name(model):
+        typer.echo(f"fetching {model} from the hub", err=True)
+    found = find_checkpoint(model, revision=revision, show_progress=sys.stderr.isatty())
+    return read_checkpoint(found.folder), config.model.served_name or found.name
+
+
+def _read_chat(info: CheckpointInfo) -> tuple[Tokenizer, ChatTemplate]:
+    spec = info.vision
+    media_ids = [] if spec is None else [spec.image_token_id, spec.video_token_id]
+    tokenizer = Tokenizer.from_folder(
+        info.path, reserved_ids=[each for each in media_ids if each is not None]
+    )
+    template = ChatTemplate.from_folder(
+        info.path, tokenizer, revision_layout=info.revision_layout, vision=spec
+    )
+    return tokenizer, template
+
+
+# What `serve` does --------------------------------------------------------------------------------
+
+
+def _start_logging() -> None:
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("server").setLevel(logging.INFO)
+
+
+def _bound_socket(http: HttpConfig) -> socket.socket:
+    """Taken before anything slow, so that a port in use is known at once."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            http.host, http.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (socket.gaierror, UnicodeError):
+        raise ConfigError(f"{http.host} is not an address to listen on") from None
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise _cannot_listen(http, error) from None
+    return listener
+
+
+def _cannot_listen(http: HttpConfig, error: OSError) -> ConfigError:
+    return ConfigError(f"cannot listen on {http.host} port {http.port}: {error.strerror}")
+
+
+def _serve(config: Config, listener: socket.socket) -> None:
+    info, name = _read_model(config)
+    tokenizer, template = _read_chat(info)
+    context_length = min(info.context_length, config.model.max_context or info.context_length)
+    failures: list[Exception] = []
+
+    def on_load_failure(error: Exception) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    with contextlib.closing(_LoadingProgress()) as progress:
+        engine = EngineClient(
+            info.path,
+            vision=info.vision,
+            engine=config.engine,
+            model=config.model,
+            # Without keys everyone is one tenant, under the server's own limits.
+            max_requests_per_tenant=(
+                config.engine.max_requests_per_key if config.http.api_keys else None
+            ),
+            on_loading=progress.update,
+        )
+        facts = _model_facts(info, context_length)
+        preparer = Preparer(tokenizer, template, facts=facts, media=config.media)
+        app = build_app(
+            config.http,
+            engine,
+            preparer,
+            ServedModel(name=name, context_length=context_length, created_s=int(time.time())),
+            on_load_failure=on_load_failure,
+        )
+        server = uvicorn.Server(_uvicorn_config(app, config.http))
+
+        def on_ready(facts: EngineFacts) -> None:
+            progress.close()
+            typer.echo(_banner(name, facts, listener))
+
+        try:
+            listener.listen()
+        except OSError as error:
+            raise _cannot_listen(config.http, error) from None
+        try:
+            asyncio.run(_run(server, listener, app, engine, on_ready))
+        finally:
+            preparer.close()
+    for failure in failures:
+        raise failure
+
+
+def _model_facts(info: CheckpointInfo, context_length: int) -> ModelFacts:
+    return ModelFacts(
+        context_length=context_length,
+        stop_token_ids=info.stop_token_ids,
+        im_end_id=info.turn_end_token_id,
+        vision=info.vision,
+        defaults=SamplingDefaults(
+            temperature=info.sampling.temperature,
+            top_p=info.sampling.top_p,
+            top_k=info.sampling.top_k,
+            repetition_penalty=info.sampling.repetition_penalty,
+        ),
+    )
+
+
+def _uvicorn_config(app: FastAPI, http: HttpConfig) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level=logging.WARNING,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=http.max_header_bytes,
+        limit_concurrency=http.max_connections,
+        timeout_keep_alive=http.keep_alive_timeout_s,
+        # Requests have been drained before; what is left is a client that does not read.
+        timeout_graceful_shutdown=5,
+    )
+
+
+async def _run(
+    server: uvicorn.Server,
+    listener: socket.socket,
+    app: FastAPI,
+    engine: Engine,
+    on_ready: Callable[[EngineFacts], None],
+) -> None:
+    """Serve until the first signal, then drain; a second one ends what still runs at once."""
+    loop = asyncio.get_running_loop()
+    hurry = asyncio.Event()
+    signalled_s: float | None = None
+
+    async def drain_and_exit() -> None:
+        drained = asyncio.create_task(drain(app))
+        hurried = asyncio.create_task(hurry.wait())
+        await asyncio.wait({drained, hurried}, return_when=asyncio.FIRST_COMPLETED)
+        if not drained.done():
+            drained.cancel()
+            await engine.stop()
+        hurried.cancel()
+        server.should_exit = True
+
+    def on_signal() -> None:
+        nonlocal signalled_s
+        if signalled_s is None:
+            signalled_s = loop.time()
+            endings.append(asyncio.create_task(drain_and_exit()))
+        elif loop.time() - signalled_s > SAME_SIGNAL_S:
+            hurry.set()
+
+    # A task that nobody holds may be collected before it is done.
+    endings: list[asyncio.Task[None]] = []
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    await asyncio.sleep(0)
+    # After uvicorn has set its own handlers, which would stop listening before the drain.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    while engine.status == "loading" and not serving.done():
+        await asyncio.wait({serving}, timeout=0.05)
+    if engine.status == "ready" and engine.facts is not None:
+        on_ready(engine.facts)
+    await serving
+
+
+def _banner(name: str, facts: EngineFacts, listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return (
+        f"hcx-server {__version__}: {name} on {facts.device} in {facts.dtype}, "
+        f"context {facts.max_request_tokens} tokens, at {address}"
+    )
+
+
+class _LoadingProgress:
+    """A bar on a terminal; elsewhere a line for each quarter."""
+
+    def __init__(self) -> None:
+        self._bar = Progress(
+            TextColumn("loading weights"),
+            BarColumn(),
+            DownloadColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=None)
+        self._num_quarters = 0
+        self._is_closed = False
+
+    def update(self, done: int, total: int) -> None:
+        """So many of so many bytes of weights are loaded. Silent once closed, as at a restart."""
+        if self._is_closed:
+            return
+        if sys.stderr.isatty():
+            self._bar.start()
+            self._bar.update(self._task, completed=done, total=total)
+            return
+        num_quarters = 4 * done // max(total, 1)
+        if num_quarters > self._num_quarters:
+            self._num_quarters = num_quarters
+            typer.echo(f"loading weights: {25 * num_quarters} % of {_size(total)}", err=True)
+
+    def close(self) -> None:
+        """Take the bar away. May be called any number of times."""
+        self._is_closed = True
+        if self._bar.live.is_started:
+            self._bar.stop()
+
+
+# What `check` prints ------------------------------------------------------------------------------
+
+
+def _findings(
+    info: CheckpointInfo, tokenizer: Tokenizer, template: ChatTemplate
+) -> Iterator[tuple[str, str]]:
+    """The lines of `check`, as (what, found)."""
+    text = info.text
+    yield "checkpoint", str(info.path)
+    yield "revision layout", info.revision_layout
+    yield "parameters", f"{info.num_parameters:,}, stored as {info.dtype}"
+    yield "context", f"{info.context_length:,} tokens"
+    yield (
+        "decoder",
+        f"{text.num_layers} layers of {text.hidden_size}, {text.num_heads} heads of "
+        f"{text.head_dim} over {text.num_kv_heads} key/value heads, feed-forward "
+        f"{text.intermediate_size}, rotary base {text.rope_theta:g}",
+    )
+    yield (
+        "vocabulary",
+        f"{info.tokenizer_size:,} ids, {text.logits_rows:,} logits"
+        f"{', head tied to the embedding' if text.is_tied else ''}",
+    )
+    yield from _vision_findings(info, tokenizer)
+    yield "stop token ids", _named_ids(info.stop_token_ids, tokenizer)
+    if info.turn_end_token_id is not None:
+        yield "turn end id", _named_ids((info.turn_end_token_id,), tokenizer)
+    yield "chat template", "; ".join(template.notes) or "the checkpoint's own"
+    yield "sampling", _sampling(info)
+    for dtype in ("float32", "bfloat16", "float16"):
+        weights = info.parameter_bytes(dtype)
+        cache = info.kv_bytes_per_token(dtype) * info.context_length
+        yield (
+            "memory",
+            f"{dtype}: weights {_size(weights)}, cache of one full context {_size(cache)}",
+        )
+    for assumption in info.assumptions:
+        yield "assumed", assumption
+    if not info.assumptions:
+        yield "assumed", "nothing"
+
+
+def _vision_findings(info: CheckpointInfo, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
+    tower, projector, spec = info.tower, info.projector, info.vision
+    if tower is None or projector is None or spec is None:
+        yield "vision", "none: a text model, pictures and videos are refused"
+        return
+    yield (
+        "vision tower",
+        f"{tower.num_layers} layers of {tower.hidden_size}, {tower.num_heads} heads, pictures of "
+        f"{tower.image_size} in patches of {tower.patch_size}",
+    )
+    yield "vision layer", f"the output of layer {tower.num_layers_used} of {tower.num_layers}"
+    extras = [
+        name
+        for name, has in (("position embedding", projector.pos_emb), ("norm", projector.prenorm))
+        if has
+    ]
+    yield (
+        "projector",
+        f"{projector.kind}, {projector.channels} to {projector.hidden_size}"
+        f"{', with ' + ' and '.join(extras) if extras else ''}",
+    )
+    yield "picture grids", _grids(spec)
+    thumbnail = VisionLayout(tile_queries=(spec.image_queries,), newline=True)
+    yield (
+        "picture tokens",
+        f"{thumbnail.num_tokens} at detail low, at most {_largest_picture(spec)}",
+    )
+    yield (
+        "video frames",
+        f"at most {spec.max_frames}, on {spec.max_canvases} canvases of {spec.frames_per_canvas}",
+    )
+    yield (
+        "video tokens",
+        f"{spec.video_slow_queries} for a canvas's first frame and {spec.video_fast_queries} for "
+        f"each other, at most {sum(frame_queries(spec.max_frames, spec))}",
+    )
+    yield "picture id", _named_ids((spec.image_token_id,), tokenizer)
+    if spec.video_token_id is None:
+        yield "video id", "the picture's"
+    else:
+        yield "video id", _named_ids((spec.video_token_id,), tokenizer)
+
+
+def _grids(spec: VisionSpec) -> str:
+    if not spec.candidate_resolutions:
+        return f"none: one tile of {spec.tile_size} pixels"
+    tiles = [
+        (height // spec.tile_size) * (width // spec.tile_size)
+        for height, width in spec.candidate_resolutions
+    ]
+    return f"{len(tiles)}, of at most {max(tiles)} tiles of {spec.tile_size} pixels and a thumbnail"
+
+
+def _largest_picture(spec: VisionSpec) -> int:
+    """Tokens of a picture that fills its grid exactly, in the most expensive grid."""
+    side = int(spec.image_queries**0.5)
+    layouts = [VisionLayout(tile_queries=(spec.image_queries,), newline=True)]
+    for height, width in spec.candidate_resolutions:
+        rows, columns = height // spec.tile_size, width // spec.tile_size
+        layouts.append(
+            VisionLayout(
+                tile_queries=(spec.image_queries,) * (1 + rows * columns),
+                local_grid=(rows, columns),
+                kept=(0, 0, rows * side, columns * side),
+                newline=True,
+            )
+        )
+    return max(layout.num_tokens for layout in layouts)
+
+
+def _named_ids(ids: tuple[int, ...], tokenizer: Tokenizer) -> str:
+    return ", ".join(f"{each} {tokenizer.token_of(each) or ''}".strip() for each in ids) or "none"
+
+
+def _sampling(info: CheckpointInfo) -> str:
+    defaults = info.sampling
+    stated = [
+        f"{name} {value:g}"
+        for name, value in (
+            ("temperature", defaults.temperature),
+            ("top_p", defaults.top_p),
+            ("top_k", defaults.top_k),
+            ("repetition_penalty", defaults.repetition_penalty),
+        )
+        if value is not None
+    ]
+    return ", ".join(stated) or "no defaults stated: temperature 1"
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes < 1_000_000_000:
+        return f"{num_bytes / 1_000_000:.1f} MB"
+    return f"{num_bytes / 1_000_000_000:.1f} GB"

@@ -1,0 +1,361 @@
+"""The command line in processes of its own: what it prints, how it ends, what it leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import httpx
+import pytest
+from typer.testing import CliRunner, Result
+
+from server import __version__
+from server.cli import cli
+from tools.random_checkpoint import write_checkpoint
+
+REPOSITORY = Path(__file__).parent.parent
+START_TIMEOUT_S = 90
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HCX_")}
+    return {**kept, "HCX_ENGINE__NUM_THREADS": "1", "COLUMNS": "200", **(extra or {})}
+
+
+def command_line(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "server", *map(str, arguments)]
+
+
+def run(*arguments: str | Path) -> Result:
+    """A command in this process, with what it printed; `serve` only where it cannot start."""
+    return CliRunner().invoke(cli, list(map(str, arguments)), catch_exceptions=False)
+
+
+def refusal(*arguments: str | Path) -> str:
+    """The one line that a command which cannot go on says."""
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("hcx-server: "), result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+    return result.stderr.removeprefix("hcx-server: ").rstrip()
+
+
+def run_process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command_line(*arguments),
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=START_TIMEOUT_S,
+        check=False,
+    )
+
+
+class Served:
+    """A running `serve`, found by the address in its start-up line."""
+
+    def __init__(self, process: subprocess.Popen[str], banner: str) -> None:
+        self.process = process
+        self.banner = banner
+        self.http = httpx.Client(base_url=banner.rsplit(" ", 1)[1], timeout=30)
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """The exit status after a signal."""
+        self.process.send_signal(number)
+        return self.process.wait(timeout=30)
+
+
+@contextlib.contextmanager
+def serving(
+    *arguments: str | Path, env: Mapping[str, str] | None = None, stderr: int | None = None
+) -> Iterator[Served]:
+    process = subprocess.Popen(
+        command_line("serve", "--port", "0", *arguments),
+        cwd=REPOSITORY,
+        env=environment(env),
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    overdue = threading.Timer(START_TIMEOUT_S, process.kill)
+    overdue.start()
+    try:
+        banner = process.stdout.readline().rstrip()
+        assert banner, "the server did not start"
+        served = Served(process, banner)
+        yield served
+        served.http.close()
+    finally:
+        overdue.cancel()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+
+
+def chat(model: str, **fields: object) -> dict[str, object]:
+    return {"model": model, "messages": [{"role": "user", "content": "hi"}], **fields}
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process exists and is more than a zombie."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    return False
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+# version ------------------------------------------------------------------------------------------
+
+
+def test_version() -> None:
+    result = run_process("version")
+    assert (result.returncode, result.stdout) == (0, f"hcx-server {__version__}\n")
+
+
+def test_version_and_changelog_agree() -> None:
+    changelog = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+    released = re.findall(r"^## \[(\d[^\]]*)\] - \d{4}-\d{2}-\d{2}$", changelog, re.MULTILINE)
+    assert released[0] == __version__
+
+
+# check --------------------------------------------------------------------------------------------
+
+
+def check_lines(*arguments: str | Path) -> dict[str, str]:
+    result = run("check", *arguments)
+    assert (result.exit_code, result.stderr) == (0, "")
+    lines: dict[str, str] = {}
+    for line in result.stdout.splitlines():
+        name, found = line[:17].strip(), line[17:]
+        lines[name] = f"{lines[name]}; {found}" if name in lines else found
+    return lines
+
+
+def test_check_prints_what_it_found(tiny: Path) -> None:
+    found = check_lines("--model", tiny)
+    assert found["checkpoint"] == str(tiny)
+    assert found["revision layout"] == "main"
+    assert "2 layers of 64" in found["decoder"]
+    assert found["vision layer"] == "the output of layer 2 of 3"
+    assert found["picture grids"].startswith("8, of at most 4 tiles of 56 pixels")
+    # 16 and one newline; 16 for the thumbnail and 16 rows of 4 each with a newline.
+    assert found["picture tokens"] == "17 at detail low, at most 96"
+    assert found["video frames"].startswith("at most 108, on 12 canvases")
+    # Twelve canvases of one slow and eight fast frames.
+    assert found["video tokens"].endswith(f"at most {12 * (16 + 8 * 4)}")
+    assert found["picture id"] == "258 <|dummy3|>"
+    assert found["stop token ids"] == "256 <|endoftext|>, 261 <|stop|>, 262 <|endofturn|>"
+    assert found["turn end id"] == "260 <|im_end|>"
+    assert found["memory"].count("weights") == 3
+    assert found["assumed"] == "nothing"
+
+
+def test_check_names_each_assumption(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "old", layout="v0.1.0")
+    preprocessor = json.loads((folder / "preprocessor_config.json").read_text())
+    del preprocessor["image_mean"]
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    found = check_lines("--model", folder)
+    assert found["revision layout"] == "v0.1.0"
+    assert "the key 'image_mean' is missing: assumed 0.5 a channel" in found["assumed"]
+
+
+def test_check_of_a_text_model_says_that_it_sees_nothing(tmp_path: Path) -> None:
+    found = check_lines("--model", write_checkpoint(tmp_path / "text", layout="text"))
+    assert found["revision layout"] == "text"
+    assert found["vision"].startswith("none")
+    assert "picture tokens" not in found
+
+
+def test_check_does_not_import_torch(tiny: Path) -> None:
+    program = (
+        "import sys\n"
+        "from server.cli import cli\n"
+        "cli(sys.argv[1:], standalone_mode=False)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, "check", "--model", str(tiny)],
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_bad_checkpoint_is_one_line(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "bad")
+    assert "no such folder" in refusal("check", "--model", tmp_path / "nothing")
+    (folder / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    assert "GPT2LMHeadModel" in refusal("check", "--model", folder)
+    (folder / "config.json").unlink()
+    assert "config.json is missing" in refusal("check", "--model", folder)
+
+
+# serve --------------------------------------------------------------------------------------------
+
+
+def status_of_endless_headers(port: int | None) -> int:
+    """What is answered to 300 KB of headers that have not ended yet."""
+    with socket.create_connection(("127.0.0.1", port or 0), timeout=10) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX-Padding: ")
+        with contextlib.suppress(ConnectionError):
+            for _ in range(30):
+                connection.sendall(b"x" * 10_000)
+                time.sleep(0.001)
+        return int(connection.recv(1024).split()[1])
+
+
+def test_serve_from_start_to_end(tiny: Path) -> None:
+    with serving("--model", tiny, "--dtype", "float32", "--device", "cpu") as served:
+        assert re.fullmatch(
+            rf"hcx-server {re.escape(__version__)}: tiny on cpu in float32, context 4096 tokens, "
+            r"at http://127\.0\.0\.1:[1-9]\d*",
+            served.banner,
+        )
+        assert served.http.get("/ready").status_code == 200
+        answer = served.http.post("/v1/chat/completions", json=chat("tiny", max_tokens=3))
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["completion_tokens"] <= 3
+        assert "server" not in answer.headers
+        assert status_of_endless_headers(served.http.base_url.port) == 400
+
+        (worker,) = children_of(served.process.pid)
+        assert served.end() == 0
+        assert served.process.stdout is not None
+        assert served.process.stdout.read() == ""
+        assert not is_running(worker)
+
+
+def test_a_stream_in_progress_survives_ctrl_c(tiny: Path) -> None:
+    """On a terminal Ctrl-C reaches the whole group of processes."""
+    with serving("--model", tiny) as served:
+        body = chat("tiny", max_tokens=1500, ignore_eos=True, stream=True)
+        with served.http.stream("POST", "/v1/chat/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            os.killpg(served.process.pid, signal.SIGINT)
+            # At once: the same wish, told twice. It must neither be lost nor end the stream.
+            served.process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            assert served.http.get("/ready").status_code == 503
+            refused = served.http.post("/v1/chat/completions", json=chat("tiny"))
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert (
+            json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        )
+        assert served.process.wait(timeout=10) == 0
+
+
+def test_a_second_signal_ends_what_runs(tiny: Path) -> None:
+    with serving("--model", tiny) as served:
+        body = chat("tiny", max_tokens=4000, ignore_eos=True, stream=True)
+        with served.http.stream("POST", "/v1/chat/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            served.process.send_signal(signal.SIGTERM)
+            time.sleep(1.0)
+            served.process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "shutting_down"
+        assert rest[-1] == "data: [DONE]"
+        assert served.process.wait(timeout=10) == 0
+
+
+def test_a_terminal_shows_a_bar_and_a_pipe_lines(tiny: Path) -> None:
+    primary, secondary = pty.openpty()
+    with serving("--model", tiny, stderr=secondary) as served:
+        os.close(secondary)
+        on_terminal = os.read(primary, 65_536).decode()
+        served.end()
+    os.close(primary)
+    assert "loading weights" in on_terminal
+    assert "━" in on_terminal
+
+    with serving("--model", tiny, stderr=subprocess.PIPE) as served:
+        served.end()
+        assert served.process.stderr is not None
+        in_pipe = served.process.stderr.read()
+        served.process.stderr.close()
+    assert re.search(r"^loading weights: 100 % of \d+\.\d MB$", in_pipe, re.MULTILINE)
+    assert "\r" not in in_pipe and "\x1b" not in in_pipe
+
+
+def test_settings_reach_the_server(tiny: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("model: {served_name: in-file, max_context: 1000, dtype: float16}")
+    with serving(
+        "--config", settings, "--dtype", "float32", env={"HCX_MODEL__PATH": str(tiny)}
+    ) as served:
+        assert ": in-file on cpu in float32, context 1000 tokens," in served.banner
+        assert served.http.get("/v1/models").json()["data"][0]["id"] == "in-file"
+
+
+def test_a_port_in_use_is_one_line(tiny: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = refusal("serve", "--model", tiny, "--port", str(port))
+    assert line == f"cannot listen on 127.0.0.1 port {port}: Address already in use"
+
+
+def test_a_wrong_setting_is_one_line(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert refusal("serve", "--model", tiny, "--dtype", "fp8").startswith(
+        "command line: model.dtype: "
+    )
+    assert refusal("serve", "--host", "256.0.0.1") == "256.0.0.1 is not an address to listen on"
+    monkeypatch.setenv("HCX_ENGIN__X", "1")
+    for command in ("serve", "check"):
+        assert refusal(command).startswith(
+            "environment: unknown setting HCX_ENGIN__X; did you mean HCX_ENGINE__"
+        )
+
+
+def test_a_checkpoint_that_is_not_there_ends_the_server_with_one_line(tmp_path: Path) -> None:
+    result = run_process("serve", "--model", tmp_path / "nothing", "--port", "0")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == (
+        f"hcx-server: {tmp_path / 'nothing'}: no such folder, and not a hub name (owner/name)\n"
+    )
+
+
+def test_weights_that_do_not_load_end_the_server_with_one_line(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "untied", is_tied=False)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["intermediate_size"] += 1
+    (folder / "config.json").write_text(json.dumps(config))
+    result = run_process("serve", "--model", folder, "--port", "0")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    last = result.stderr.rstrip().splitlines()[-1]
+    assert last.startswith("hcx-server: ")
+    assert "mlp" in last
+    assert "Traceback" not in result.stderr
