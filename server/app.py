@@ -75,7 +75,9 @@ def build_app(
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_bytes=http.max_body_bytes)
     app.add_middleware(Authentication, api_keys=http.api_keys)
-    app.add_middleware(RequestRecord, lifecycle=app.state.lifecycle)
+    app.add_middleware(
+        RequestRecord, lifecycle=app.state.lifecycle, max_header_bytes=http.max_header_bytes
+    )
     return app
 
 

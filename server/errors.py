@@ -23,6 +23,7 @@
     │   ├── UnknownUrl                  404 unknown_url
     │   ├── MethodNotAllowed            405 method_not_allowed
     │   ├── RequestTooLarge             413 request_too_large
+    │   ├── HeadersTooLarge             431 headers_too_large
     │   └── UnsupportedContentType      415 unsupported_content_type
     ├── RateLimited                     429 rate_limit_exceeded
     ├── RequestTimeout                  504 request_timeout
@@ -199,6 +200,12 @@ class MethodNotAllowed(InvalidRequest):
 class RequestTooLarge(InvalidRequest):
     status = 413
     code = "request_too_large"
+
+
+class HeadersTooLarge(InvalidRequest):
+    status = 431
+    code = "headers_too_large"
+    default_message = "The request's headers are too long or too many."
 
 
 class UnsupportedContentType(InvalidRequest):

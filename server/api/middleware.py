@@ -29,6 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.health import Lifecycle
 from server.api.json_body import error_response
 from server.errors import (
+    HeadersTooLarge,
     InvalidApiKey,
     MethodNotAllowed,
     RequestTooLarge,
@@ -45,6 +46,9 @@ OPEN_PATHS: Final = frozenset({"/health", "/ready"})
 
 NO_TENANT: Final = ""
 """The tenant of everyone where no keys are configured."""
+
+MAX_HEADERS: Final = 100
+MAX_HEADER_LINE_BYTES: Final = 16 * 1024
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
 _NEVER_ROUTED: Final = frozenset({"OPTIONS", "TRACE", "CONNECT"})
@@ -64,9 +68,10 @@ class RequestRecord:
     moment: closing while the client still sends would reset the connection and lose the answer.
     """
 
-    def __init__(self, app: ASGIApp, *, lifecycle: Lifecycle) -> None:
+    def __init__(self, app: ASGIApp, *, lifecycle: Lifecycle, max_header_bytes: int) -> None:
         self._app = app
         self._lifecycle = lifecycle
+        self._max_header_bytes = max_header_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -93,7 +98,10 @@ class RequestRecord:
             record.log()
 
     async def _answer(self, scope: Scope, record: _Record) -> None:
-        if scope["path"] in OPEN_PATHS:
+        if self._has_large_headers(scope):
+            refusal = error_response(HeadersTooLarge(), headers={"connection": "close"})
+            await refusal(scope, record.receive, record.send)
+        elif scope["path"] in OPEN_PATHS:
             await self._app(scope, record.receive, record.send)
         elif self._lifecycle.is_draining:
             refusal = error_response(ShuttingDown(), headers={"connection": "close"})
@@ -101,6 +109,16 @@ class RequestRecord:
         else:
             with self._lifecycle.running():
                 await self._app(scope, record.receive, record.send)
+
+    def _has_large_headers(self, scope: Scope) -> bool:
+        """The server below only limits headers that come in pieces."""
+        lengths = [len(name) + len(value) for name, value in scope["headers"]]
+        lengths.append(len(scope["raw_path"]) + len(scope["query_string"]))
+        return (
+            sum(lengths) > self._max_header_bytes
+            or max(lengths) > MAX_HEADER_LINE_BYTES
+            or len(scope["headers"]) > MAX_HEADERS
+        )
 
 
 class _Record:

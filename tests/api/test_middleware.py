@@ -199,6 +199,29 @@ def test_unknown_routes(shared_server: Server, method: str, path: str) -> None:
     assert_error(shared_server.http.request(method, path), 404, "unknown_url")
 
 
+@pytest.mark.parametrize("path", ["/health", "/v1/models"])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {f"x-{index}": "a" * 8000 for index in range(5)},
+        {"x-long": "a" * 17_000},
+        {f"x-{index}": "a" for index in range(101)},
+    ],
+    ids=["in all", "one line", "number"],
+)
+def test_large_headers_are_refused(
+    shared_server: Server, path: str, headers: dict[str, str]
+) -> None:
+    response = shared_server.http.get(path, headers=headers)
+    assert_error(response, 431, "headers_too_large")
+    assert response.headers["connection"] == "close"
+
+
+def test_ordinary_headers_are_not_large(shared_server: Server) -> None:
+    headers = {f"x-{index}": "a" * 300 for index in range(90)}
+    assert shared_server.http.get("/v1/models", headers=headers).status_code == 200
+
+
 @pytest.mark.parametrize(
     "content_type",
     [

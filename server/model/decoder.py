@@ -1,0 +1,109 @@
+"""The text decoder: a Llama over a paged cache, with everything it reads in the signature.
+
+Modules carry the checkpoint's names below `language_model.model.` (`model.` for text checkpoints).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from server.attention.backend import AttentionBackend, AttentionInputs, LayerCache
+from server.model.config import TextConfig
+from server.model.layers import GatedMLP, RMSNorm, RotaryEmbedding, project, rotate
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TextConfig, backend: AttentionBackend) -> None:
+        super().__init__()
+        self.backend = backend
+        self.head_dim = config.head_dim
+        query_size = config.num_heads * config.head_dim
+        kv_size = config.num_kv_heads * config.head_dim
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=bias)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        attention: AttentionInputs,
+        cache: LayerCache,
+    ) -> Tensor:
+        queries = self._heads(self.q_proj, hidden)  # [tokens, heads, head_dim]
+        keys = self._heads(self.k_proj, hidden)  # [tokens, kv_heads, head_dim]
+        values = self._heads(self.v_proj, hidden)
+        self.backend.write(rotate(keys, rotation), values, cache, attention)
+        attended = self.backend.attend(rotate(queries, rotation), cache, attention)
+        return project(self.o_proj, attended.flatten(1))
+
+    def _heads(self, projection: nn.Linear, hidden: Tensor) -> Tensor:
+        projected = project(projection, hidden)
+        return projected.view(len(hidden), -1, self.head_dim)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: TextConfig, backend: AttentionBackend) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config, backend)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        attention: AttentionInputs,
+        cache: LayerCache,
+    ) -> Tensor:
+        normed = self.input_layernorm(hidden)
+        hidden = hidden + self.self_attn(normed, rotation, attention, cache)
+        output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return output
+
+
+class Decoder(nn.Module):
+    """Embeddings in, last hidden states out; `embed` and `logits` are its two ends."""
+
+    tokenless_ids: Tensor
+
+    def __init__(
+        self, config: TextConfig, backend: AttentionBackend, *, tokenless_ids: list[int]
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.embedding_rows, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, backend) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary = RotaryEmbedding(
+            config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling
+        )
+        self.lm_head = (
+            None
+            if config.is_tied
+            else nn.Linear(config.hidden_size, config.logits_rows, bias=False)
+        )
+        ids = torch.tensor(tokenless_ids, dtype=torch.int64, device="cpu")
+        self.register_buffer("tokenless_ids", ids, persistent=False)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids [tokens] -> [tokens, hidden]."""
+        embeds: Tensor = self.embed_tokens(ids)
+        return embeds
+
+    def forward(self, embeds: Tensor, positions: Tensor, attention: AttentionInputs) -> Tensor:
+        """embeds [tokens, hidden], positions [tokens] -> normed states [tokens, hidden]."""
+        rotation = self.rotary(positions)
+        hidden = embeds
+        for layer, cache in zip(self.layers, attention.caches, strict=True):
+            hidden = layer(hidden, rotation, attention, cache)
+        normed: Tensor = self.norm(hidden)
+        return normed
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [rows, hidden] -> float32 [rows, logits_rows]; ids without a token are -inf."""
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        logits = F.linear(hidden, head.weight).float()
+        return logits.index_fill_(1, self.tokenless_ids, -torch.inf)

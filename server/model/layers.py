@@ -1,0 +1,105 @@
+"""The small parts the decoder is made of. Norms and rotations are computed in float32."""
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from server.model.config import Llama3Scaling
+
+MIN_ROWS_TO_WIDEN = 32
+"""With fewer rows, reading the weights is what takes the time, and 16-bit ones are read faster."""
+
+
+@cache
+def has_half_units(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies 16-bit matrices itself: without, float32 is many times faster."""
+    mkldnn = torch.ops.mkldnn
+    check = (
+        mkldnn._is_mkldnn_bf16_supported
+        if dtype == torch.bfloat16
+        else mkldnn._is_mkldnn_fp16_supported
+    )
+    return bool(check())
+
+
+def project(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """A linear layer or convolution on hidden [..., channels] or [tiles, channels, rows, columns].
+
+    Where the CPU lacks 16-bit units, many rows are computed from a float32 copy of the weights,
+    made for this call.
+    """
+    dtype = hidden.dtype
+    if hidden.device.type == "cpu" and dtype != torch.float32 and not has_half_units(dtype):
+        is_map = isinstance(layer, nn.Conv2d)
+        num_rows = hidden.numel() // hidden.shape[1 if is_map else -1]
+        if num_rows >= MIN_ROWS_TO_WIDEN:
+            wide = {name: weight.float() for name, weight in layer.named_parameters()}
+            widened: Tensor = functional_call(layer, wide, hidden.float())
+            return widened.to(dtype)
+    projected: Tensor = layer(hidden)
+    return projected
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm; torch widens 16-bit inputs to float32 inside."""
+
+    def __init__(self, size: int, *, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+
+
+class GatedMLP(nn.Module):
+    """Llama's feed-forward: a SiLU gate times an up projection, projected down."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        gate, up = project(self.gate_proj, hidden), project(self.up_proj, hidden)
+        return project(self.down_proj, F.silu(gate) * up)
+
+
+class RotaryEmbedding(nn.Module):
+    """Position -> (cosine, sine) [tokens, 1, head_dim / 2], float32; the same for every layer."""
+
+    inverse_frequencies: Tensor
+
+    def __init__(self, head_dim: int, *, theta: float, scaling: Llama3Scaling | None) -> None:
+        super().__init__()
+        # An explicit device, because the model is built on "meta" and this is no checkpoint tensor.
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+        frequencies = 1.0 / theta**exponents
+        if scaling is not None:
+            frequencies = stretch_low_frequencies(frequencies, scaling)
+        self.register_buffer("inverse_frequencies", frequencies, persistent=False)
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        angles = positions.float()[:, None, None] * self.inverse_frequencies
+        return angles.cos(), angles.sin()
+
+
+def stretch_low_frequencies(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
+    """Llama 3.1: frequencies of long wavelengths are divided by `factor`, with a smooth passage."""
+    wavelengths = 2 * math.pi / frequencies
+    kept = scaling.original_context / wavelengths - scaling.low_freq_factor
+    kept = (kept / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+    return frequencies * kept + frequencies / scaling.factor * (1 - kept)
+
+
+def rotate(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate [tokens, heads, head_dim]: dimension i is paired with i + head_dim / 2."""
+    cosine, sine = rotation
+    first, second = heads.float().chunk(2, dim=-1)
+    rotated = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+    return rotated.type_as(heads)

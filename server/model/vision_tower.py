@@ -1,0 +1,113 @@
+"""The SigLIP encoder: uint8 tiles to the patch features the projector reads.
+
+Modules carry the checkpoint's names below `vision_model.vision_model.`. Only the layers up to the
+configured one exist, and there is no norm after them.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from server.core import VisionSpec
+from server.model.config import VisionTowerConfig
+from server.model.layers import project
+
+
+class TowerAttention(nn.Module):
+    """Every patch sees every patch."""
+
+    def __init__(self, config: VisionTowerConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        shape = (*hidden.shape[:2], self.num_heads, -1)
+        queries, keys, values = (
+            project(projection, hidden).view(shape).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )  # each [tiles, heads, patches, head_dim]
+        attended = F.scaled_dot_product_attention(queries, keys, values)
+        return project(self.out_proj, attended.transpose(1, 2).flatten(2))
+
+
+class TowerMLP(nn.Module):
+    def __init__(self, config: VisionTowerConfig) -> None:
+        super().__init__()
+        self.approximate = "tanh" if config.hidden_act == "gelu_pytorch_tanh" else "none"
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        inner = F.gelu(project(self.fc1, hidden), approximate=self.approximate)
+        return project(self.fc2, inner)
+
+
+class TowerLayer(nn.Module):
+    def __init__(self, config: VisionTowerConfig) -> None:
+        super().__init__()
+        # torch computes a LayerNorm of 16-bit tensors in float32 inside
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = TowerAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = TowerMLP(config)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.self_attn(self.layer_norm1(hidden))
+        output: Tensor = hidden + self.mlp(self.layer_norm2(hidden))
+        return output
+
+
+class PatchEmbeddings(nn.Module):
+    def __init__(self, config: VisionTowerConfig) -> None:
+        super().__init__()
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels,
+            config.hidden_size,
+            kernel_size=config.patch_size,
+            stride=config.patch_size,
+        )
+        self.position_embedding = nn.Embedding(config.num_patches, config.hidden_size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels [tiles, 3, size, size] -> [tiles, patches, hidden], patches row-major."""
+        patches = project(self.patch_embedding, pixels).flatten(2).transpose(1, 2)
+        return patches + self.position_embedding.weight
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VisionTowerConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(TowerLayer(config) for _ in range(config.num_layers_used))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+class VisionTower(nn.Module):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: VisionTowerConfig, spec: VisionSpec) -> None:
+        super().__init__()
+        self.embeddings = PatchEmbeddings(config)
+        self.encoder = Encoder(config)
+        self.rescale_factor = spec.rescale_factor
+        # "cpu" because the model is built on "meta" and these are no checkpoint tensors
+        mean = torch.tensor(spec.image_mean, device="cpu").view(3, 1, 1)
+        std = torch.tensor(spec.image_std, device="cpu").view(3, 1, 1)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def forward(self, tiles: Tensor) -> Tensor:
+        """tiles uint8 [tiles, size, size, 3] -> features [tiles, patches, hidden]."""
+        pixels = tiles.permute(0, 3, 1, 2).float() * self.rescale_factor
+        pixels = (pixels - self.mean) / self.std
+        embedded = self.embeddings(pixels.to(self.embeddings.patch_embedding.weight.dtype))
+        features: Tensor = self.encoder(embedded)
+        return features

@@ -1,0 +1,119 @@
+"""The whole model: a decoder, and for vision checkpoints a tower and a projector before it.
+
+Knows tiles, layouts and ids; knows nothing of requests, prompts or sampling.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from server.attention.backend import AttentionBackend, AttentionInputs
+from server.core import VisionLayout
+from server.model.config import CheckpointInfo
+from server.model.decoder import Decoder
+from server.model.projector import PROJECTORS
+from server.model.vision_tower import VisionTower
+
+MAX_TILES_AT_ONCE = 8
+"""Tiles that go through the tower together: more are no faster, and each takes memory."""
+
+
+class VisionLanguageModel(nn.Module):
+    """Built without weights: `server.model.checkpoint.load_model` makes a usable one."""
+
+    def __init__(self, info: CheckpointInfo, backend: AttentionBackend) -> None:
+        super().__init__()
+        text = info.text
+        beyond = range(info.tokenizer_size, text.logits_rows)
+        self.language_model = Decoder(
+            text, backend, tokenless_ids=[*info.missing_token_ids, *beyond]
+        )
+        self.vision_model: VisionTower | None = None
+        self.mm_projector: nn.Module | None = None
+        self.image_newline: nn.Parameter | None = None
+        if info.tower is not None and info.projector is not None and info.vision is not None:
+            self.vision_model = VisionTower(info.tower, info.vision)
+            self.mm_projector = PROJECTORS[info.projector.kind](info.projector)
+            self.image_newline = nn.Parameter(torch.empty(text.hidden_size))
+
+    def encode_vision(self, tiles: Tensor, layouts: Sequence[VisionLayout]) -> list[Tensor]:
+        """uint8 [tiles, size, size, 3] of all media, one after another -> one tensor for each.
+
+        Tensor i is [layouts[i].num_tokens, hidden], ready to replace the medium's placeholders.
+        """
+        queries = [count for layout in layouts for count in layout.tile_queries]
+        features = self.encode_tiles(tiles, queries)
+        media, taken = [], 0
+        for layout in layouts:
+            own = features[taken : taken + len(layout.tile_queries)]
+            taken += len(own)
+            media.append(self.assemble(own, layout))
+        return media
+
+    def encode_tiles(self, tiles: Tensor, queries: Sequence[int]) -> list[Tensor]:
+        """uint8 [tiles, size, size, 3] -> [queries[i], hidden] for tile i, whatever its medium."""
+        if len(queries) != len(tiles):
+            raise ValueError(f"{len(tiles)} tiles for layouts of {len(queries)}")
+        features: list[Tensor] = []
+        for start in range(0, len(tiles), MAX_TILES_AT_ONCE):
+            stop = start + MAX_TILES_AT_ONCE
+            features += self._tile_features(tiles[start:stop], queries[start:stop])
+        return features
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids [tokens] -> [tokens, hidden]."""
+        return self.language_model.embed(ids)
+
+    def forward(self, embeds: Tensor, positions: Tensor, attention: AttentionInputs) -> Tensor:
+        """embeds [tokens, hidden], positions [tokens] -> normed states [tokens, hidden]."""
+        hidden: Tensor = self.language_model(embeds, positions, attention)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [rows, hidden] -> float32 [rows, logits_rows]; ids without a token are -inf."""
+        return self.language_model.logits(hidden)
+
+    def _tile_features(self, tiles: Tensor, queries: Sequence[int]) -> list[Tensor]:
+        if self.vision_model is None or self.mm_projector is None:
+            raise ValueError("a text checkpoint has no vision tower")
+        projected: list[Tensor] = self.mm_projector(self.vision_model(tiles), queries)
+        return projected
+
+    def assemble(self, features: list[Tensor], layout: VisionLayout) -> Tensor:
+        """The features of one medium's tiles -> [num_tokens, hidden], in the decoder's order."""
+        if layout.local_grid is not None and layout.kept is not None:
+            local = self._kept_rows(torch.stack(features[1:]), layout)
+            tokens = torch.cat([features[0], local])
+        elif layout.newline:
+            tokens = torch.cat([*features, self._newline(features[0])[None]])
+        else:
+            tokens = torch.cat(features)
+        tokens = tokens.to(self.language_model.embed_tokens.weight.dtype)
+        if len(tokens) != layout.num_tokens:
+            raise ValueError(f"{len(tokens)} features for {layout.num_tokens} placeholders")
+        return tokens
+
+    def _kept_rows(self, tiles: Tensor, layout: VisionLayout) -> Tensor:
+        """tiles [rows * columns, side * side, hidden], row-major -> the kept map, flattened.
+
+        The tiles are put side by side in two dimensions, what shows only padding is cropped, and
+        each row that is left ends with the newline embedding.
+        """
+        assert layout.local_grid is not None and layout.kept is not None
+        side, (tile_rows, tile_columns) = math.isqrt(tiles.shape[1]), layout.local_grid
+        grid = tiles.view(tile_rows, tile_columns, side, side, -1)
+        # [tile rows, tile columns, y, x, hidden] -> [tile rows * y, tile columns * x, hidden]
+        whole = grid.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        top, left, rows, columns = layout.kept
+        kept = whole[top : top + rows, left : left + columns]
+        if layout.newline:
+            newline = self._newline(kept).expand(len(kept), 1, -1)
+            kept = torch.cat([kept, newline], dim=1)
+        return kept.flatten(0, 1)
+
+    def _newline(self, like: Tensor) -> Tensor:
+        assert self.image_newline is not None
+        newline: Tensor = self.image_newline.to(like.dtype)
+        return newline
