@@ -20,6 +20,9 @@ FAKE_FACTS = EngineFacts(
     device="cpu",
     dtype="float32",
     attention="fake",
+    max_tokens_per_step=512,
+    max_tiles_per_step=4,
+    slowest_step_s=0.1,
     load_s=0.0,
 )
 

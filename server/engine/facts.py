@@ -14,7 +14,8 @@ class EngineFacts:
     """Measured at start, the same for every request.
 
     `max_request_tokens` is the context, of prompt and answer together; the cache holds at least
-    one. Prompt ids must be below `logits_width` and `embedding_rows`.
+    one. Prompt ids must be below `logits_width` and `embedding_rows`. `slowest_step_s` is the
+    longest step seen while the two limits of a step were measured.
     """
 
     logits_width: int
@@ -26,4 +27,7 @@ class EngineFacts:
     device: str
     dtype: str
     attention: str
+    max_tokens_per_step: int
+    max_tiles_per_step: int
+    slowest_step_s: float
     load_s: float

@@ -27,7 +27,7 @@ class Start(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     num_threads: int | None
     block_size: int
     kv_cache_bytes: int | None
-    max_tokens_per_step: int
+    max_tokens_per_step: int | None
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):

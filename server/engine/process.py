@@ -41,6 +41,9 @@ ENTRY_MODULE = "server.engine.worker_main"
 MAX_CRASHES = 5
 CRASH_WINDOW_S = 600.0
 
+PATIENCE = 10
+"""A step may take so many times the slowest of the warm-up before it counts as hung."""
+
 LAST_WORDS_S = 0.2
 """A dead process's messages have all arrived when the socket has been silent for so long."""
 
@@ -204,7 +207,8 @@ class EngineProcess:
                     error = ConfigError if message.is_config else CheckpointError
                     return error(message.message)
                 case Ready():
-                    timeout_s = self._step_timeout_s
+                    slowest_s = message.facts.slowest_step_s
+                    timeout_s = max(self._step_timeout_s, PATIENCE * slowest_s)
                     self.facts = message.facts
                     self.status = "ready"
                     if not is_ready.done():

@@ -18,14 +18,14 @@ from pathlib import Path
 import torch
 
 from server.attention.backend import choose_backend
-from server.core import GenerationRequest, SamplingParams, VisionSpec
+from server.core import VisionSpec
 from server.engine.blocks import BlockPool
 from server.engine.channel import SocketChannel
 from server.engine.facts import EngineFacts
 from server.engine.messages import LoadFailed, Loading, Ready, Start
 from server.engine.runner import Runner, choose_cache_bytes
 from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence
+from server.engine.warm_up import warm_up
 from server.engine.worker import StepRunner, Worker
 from server.errors import CheckpointError, ConfigError
 from server.model.checkpoint import load_model
@@ -33,8 +33,6 @@ from server.model.config import CheckpointInfo, read_checkpoint
 from server.model.layers import has_half_units
 
 MAX_RUNNING = 1
-MAX_TILES_PER_STEP = 4
-"""Bounds the time of a step: on a CPU the full-size vision tower takes seconds a tile."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -108,13 +106,13 @@ def _load(channel: SocketChannel, wrap: Callable[[Runner], StepRunner]) -> Worke
         )
     )
     pool = BlockPool(num_blocks=num_blocks, block_size=block_size)
+    budget = warm_up(runner, pool, vision=vision, max_tokens=start.max_tokens_per_step)
     scheduler = Scheduler(
         pool,
-        max_tokens_per_step=start.max_tokens_per_step,
-        max_tiles_per_step=MAX_TILES_PER_STEP,
+        max_tokens_per_step=budget.max_tokens,
+        max_tiles_per_step=budget.max_tiles,
         max_running=MAX_RUNNING,
     )
-    _prove(scheduler, runner)
     facts = EngineFacts(
         logits_width=info.text.logits_rows,
         embedding_rows=info.text.embedding_rows,
@@ -125,6 +123,9 @@ def _load(channel: SocketChannel, wrap: Callable[[Runner], StepRunner]) -> Worke
         device=device,
         dtype=dtype,
         attention=type(backend).__name__,
+        max_tokens_per_step=budget.max_tokens,
+        max_tiles_per_step=budget.max_tiles,
+        slowest_step_s=round(budget.slowest_s, 3),
         load_s=round(time.monotonic() - started_s, 3),
     )
     channel.send(Ready(facts))
@@ -192,17 +193,6 @@ def _count_blocks(
             f"{bytes_per_token * (context_length + block_size)} or lower model.max_context"
         )
     return num_blocks
-
-
-def _prove(scheduler: Scheduler, runner: StepRunner) -> None:
-    """Generates two tokens, so that "ready" means that a request would be answered."""
-    request = GenerationRequest("self-test", "", (0,), SamplingParams(max_tokens=2, temperature=0))
-    scheduler.add(Sequence.from_request(request, []))
-    while batch := scheduler.schedule():
-        for event in scheduler.commit(batch, runner.run(batch)):
-            if event.finish_reason == "error":
-                raise CheckpointError("the model gave no usable logits in its self-test")
-    scheduler.check()
 
 
 def _die_with_parent() -> None:

@@ -1,0 +1,92 @@
+"""The step's budget follows the device's speed, with a clock that only the work moves."""
+
+from __future__ import annotations
+
+import pytest
+
+from server.engine import warm_up as warm_up_module
+from server.engine.blocks import BlockPool
+from server.engine.sequence import Batch, SpanOutput
+from server.engine.warm_up import MAX_TILES_PER_STEP, MAX_TOKENS_PER_STEP, StepBudget, warm_up
+from server.errors import CheckpointError
+from tests.engine.samples import SPEC
+
+
+class TimedRunner:
+    """Takes `token_s` for a token and `tile_s` for a tile, and `fixed_s` for any step."""
+
+    def __init__(self, *, token_s: float, tile_s: float = 0.0, fixed_s: float = 0.001) -> None:
+        self.now_s = 0.0
+        self.error_code: str | None = None
+        self._costs = token_s, tile_s, fixed_s
+
+    def run(self, batch: Batch) -> list[SpanOutput]:
+        token_s, tile_s, fixed_s = self._costs
+        num_tiles = sum(len(piece) for piece in batch.vision)
+        self.now_s += fixed_s + token_s * batch.num_tokens + tile_s * num_tiles
+        return [
+            SpanOutput(token_id=7, error_code=self.error_code) if span.is_sampled else SpanOutput()
+            for span in batch.spans
+        ]
+
+
+def measure(
+    monkeypatch: pytest.MonkeyPatch,
+    runner: TimedRunner,
+    *,
+    num_blocks: int = 64,
+    max_tokens: int | None = None,
+    has_vision: bool = True,
+) -> StepBudget:
+    monkeypatch.setattr(warm_up_module.time, "monotonic", lambda: runner.now_s)
+    pool = BlockPool(num_blocks=num_blocks, block_size=64)
+    spec = SPEC if has_vision else None
+    budget = warm_up(runner, pool, vision=spec, max_tokens=max_tokens)
+    assert pool.num_free == num_blocks
+    return budget
+
+
+@pytest.mark.parametrize(
+    ("token_s", "fitting"),
+    [(1e-6, MAX_TOKENS_PER_STEP), (0.002, 500), (0.02, 50), (0.5, 16)],
+    ids=["fast", "middling", "slow", "hopeless"],
+)
+def test_tokens_fit_the_target(
+    monkeypatch: pytest.MonkeyPatch, token_s: float, fitting: int
+) -> None:
+    budget = measure(monkeypatch, TimedRunner(token_s=token_s))
+    assert budget.max_tokens == pytest.approx(fitting, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("tile_s", "fitting"),
+    [(1e-4, MAX_TILES_PER_STEP), (0.3, 3), (8.0, 1)],
+    ids=["fast", "middling", "slow"],
+)
+def test_tiles_fit_the_target(monkeypatch: pytest.MonkeyPatch, tile_s: float, fitting: int) -> None:
+    budget = measure(monkeypatch, TimedRunner(token_s=1e-6, tile_s=tile_s))
+    assert budget.max_tiles == fitting
+    assert budget.slowest_s >= tile_s
+
+
+def test_a_fixed_cost_does_not_pass_for_slow_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = measure(monkeypatch, TimedRunner(token_s=1e-5, fixed_s=0.02))
+    assert budget.max_tokens > 1000
+
+
+def test_an_explicit_setting_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = measure(monkeypatch, TimedRunner(token_s=0.5), max_tokens=300)
+    assert budget.max_tokens == 300
+
+
+def test_a_small_cache_bounds_the_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = measure(monkeypatch, TimedRunner(token_s=0.001), num_blocks=1, has_vision=False)
+    assert budget.max_tokens == pytest.approx(970, rel=0.1)
+    assert budget.max_tiles == 1
+
+
+def test_unusable_logits_stop_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = TimedRunner(token_s=0.001)
+    runner.error_code = "internal_error"
+    with pytest.raises(CheckpointError, match="no usable logits"):
+        measure(monkeypatch, runner)
