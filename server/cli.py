@@ -26,7 +26,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from server import __version__
 from server.api.models import ServedModel
 from server.app import build_app, drain
-from server.chat.prepare import ModelFacts, Preparer, SamplingDefaults
+from server.chat.prepare import ModelFacts, Preparer
 from server.chat.template import ChatTemplate
 from server.chat.tokenizer import Tokenizer
 from server.config import Config, HttpConfig, load_config
@@ -241,12 +241,7 @@ def _model_facts(info: CheckpointInfo, context_length: int) -> ModelFacts:
         stop_token_ids=info.stop_token_ids,
         im_end_id=info.turn_end_token_id,
         vision=info.vision,
-        defaults=SamplingDefaults(
-            temperature=info.sampling.temperature,
-            top_p=info.sampling.top_p,
-            top_k=info.sampling.top_k,
-            repetition_penalty=info.sampling.repetition_penalty,
-        ),
+        defaults=info.sampling,
     )
 
 

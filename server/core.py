@@ -114,6 +114,16 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """What a checkpoint's `generation_config.json` wants where a request says nothing."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """What the engine is asked for: ids in, ids out.
 

@@ -42,6 +42,7 @@ escaped characters of what the client sent (`quoted`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 MAX_MESSAGE_CHARS = 2_000
@@ -263,3 +264,17 @@ class CheckpointError(Exception):
 
 class ConfigError(Exception):
     """A setting that cannot be used; the message is one line for the operator."""
+
+
+ANSWER_ERRORS: Mapping[str, type[ServerError]] = {
+    error.code: error
+    for error in (
+        ServerError,
+        RequestTimeout,
+        Unavailable,
+        WorkerRestarting,
+        ShuttingDown,
+        ModelLoading,
+    )
+}
+"""By code: what an answer may still meet after it was admitted."""

@@ -165,8 +165,8 @@ class ChatCompletionRequest(BaseModel):
 
     model: Text
     messages: Annotated[list[Any], Field(strict=True)]
-    max_tokens: Annotated[Integer, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[Integer, Field(ge=1)] | None = None
+    max_tokens: Annotated[Integer, Field(ge=1, le=_INT64_MAX)] | None = None
+    max_completion_tokens: Annotated[Integer, Field(ge=1, le=_INT64_MAX)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     top_k: Annotated[Integer, Field(ge=-1, le=2**31 - 1)] | None = None
@@ -220,6 +220,10 @@ def parse_chat_request(body: Mapping[str, Any], *, is_strict: bool) -> ParsedCha
             raise UnsupportedParameter(f"{name} is not supported by this server.", param=name)
     honoured = ChatCompletionRequest.model_fields
     unknown = [name for name in body if name not in honoured and name not in UNSUPPORTED]
+    options = body.get("stream_options")
+    for name in options if isinstance(options, dict) else ():
+        if name not in StreamOptions.model_fields:
+            unknown.append(f"stream_options.{name}")
     if unknown and is_strict:
         raise UnknownParameter(f"Unknown parameter {quoted(unknown[0])}.", param=unknown[0][:64])
     try:

@@ -11,7 +11,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from typing import Literal, TypeVar
 
@@ -22,6 +22,7 @@ from server.config import MediaConfig
 from server.core import (
     GenerationRequest,
     MediaKind,
+    SamplingDefaults,
     SamplingParams,
     Tiles,
     VisionInput,
@@ -47,16 +48,6 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingDefaults:
-    """What the checkpoint's generation_config says where the request says nothing."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    repetition_penalty: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class ModelFacts:
     """What a prompt has to know of the model.
 
@@ -68,7 +59,7 @@ class ModelFacts:
     stop_token_ids: tuple[int, ...]
     im_end_id: int | None = None
     vision: VisionSpec | None = None
-    defaults: SamplingDefaults = SamplingDefaults()
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
 
 
 @dataclass(frozen=True, slots=True)

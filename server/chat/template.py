@@ -316,19 +316,25 @@ class ChatTemplate:
 
     def _shows(self, way: _Way, role: Role) -> bool:
         """Whether text of this role appears, once and read properly."""
-        content: str | tuple[Part, ...] = _PROBE
-        if role in way.part_roles:
-            content = (TextPart(_PROBE),)
+        # With characters that have to be disguised: a template that measures or alters its text
+        # would do so to the disguise.
+        nonce = self._disguise.new_nonce()
+        text = f"{_PROBE} <|a|> {_PROBE}"
+        shown = self._disguise.hide(text, nonce=nonce)
+        content: str | tuple[Part, ...] = (TextPart(text),) if role in way.part_roles else text
         user = Message("user", (TextPart("x"),) if "user" in way.part_roles else "x")
         conversations: Mapping[Role, list[Message]] = {
             "system": [Message("system", content), user],
             "user": [Message("user", content)],
             "assistant": [user, Message("assistant", content), user],
         }
-        rendered = self._rendered_or_none(way, conversations[role])
+        rendered = self._rendered_or_none(
+            way, conversations[role], hide=lambda text: self._disguise.hide(text, nonce=nonce)
+        )
         return (
             rendered is not None
-            and rendered.count(_PROBE) == 1
+            and rendered.count(shown) == 1
+            and rendered.count(_PROBE[1:]) == 2  # a first character may be disguised
             and not _PRINTED_PART.search(rendered)
         )
 
@@ -339,7 +345,7 @@ class ChatTemplate:
         for hints in (Hints(), Hints(**probes)):
             part = MediaPart(kind, "", "auto", hints, param="", path="")
             message = Message("user", (part, TextPart(f"{_PROBE}text")))
-            rendered = self._rendered_or_none(way, [message])
+            rendered = self._rendered_or_none(way, [message], hide=lambda text: text)
             if (
                 rendered is None
                 or f"{_PROBE}text" not in rendered
@@ -353,9 +359,11 @@ class ChatTemplate:
             shown = frozenset(name for name, probe in probes.items() if probe in rendered)
         return shown
 
-    def _rendered_or_none(self, way: _Way, messages: Sequence[Message]) -> str | None:
+    def _rendered_or_none(
+        self, way: _Way, messages: Sequence[Message], *, hide: Callable[[str], str]
+    ) -> str | None:
         try:
-            return self._render(way, messages, hide=lambda text: text)
+            return self._render(way, messages, hide=hide)
         except Exception:  # whatever a template raises, it cannot do this
             return None
 
@@ -432,7 +440,7 @@ def _refuse_unused_hints(way: _Way, messages: Sequence[Message]) -> None:
             # A file name is a label: a template without a place for it loses nothing.
             if value and name != "filename" and name not in way.hints[part.kind]:
                 raise UnsupportedParameter(
-                    f"This model's chat template has no place for {name} beside a {part.kind}.",
+                    f"This model's chat template has no place for {name} with {part.kind}s.",
                     param=f"{part.path}.{name}",
                 )
 

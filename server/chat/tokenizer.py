@@ -17,28 +17,7 @@ from typing import Any, Protocol
 import tokenizers
 
 from server.core import FinishReason, TokenEvent
-from server.errors import (
-    CheckpointError,
-    ModelLoading,
-    RequestTimeout,
-    ServerError,
-    ShuttingDown,
-    Unavailable,
-    WorkerRestarting,
-)
-
-ERRORS_BY_CODE: Mapping[str, type[ServerError]] = {
-    error.code: error
-    for error in (
-        ServerError,
-        RequestTimeout,
-        Unavailable,
-        WorkerRestarting,
-        ShuttingDown,
-        ModelLoading,
-    )
-}
-"""The errors an answer may still meet after it was admitted."""
+from server.errors import ANSWER_ERRORS, CheckpointError, ServerError
 
 # Bytes that no UTF-8 text contains, so that a vocabulary may do without them.
 BYTES_OUTSIDE_UTF8 = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})
@@ -256,7 +235,7 @@ async def detokenize(
     try:
         async for event in stream:
             if event.finish_reason == "error":
-                raise ERRORS_BY_CODE.get(event.error_code or "", ServerError)()
+                raise ANSWER_ERRORS.get(event.error_code or "", ServerError)()
             text = ""
             if event.token_id is not None:
                 num_tokens += 1

@@ -52,6 +52,8 @@ def decode_image(data: bytes, config: MediaConfig) -> Image.Image:
         raise UnsupportedMediaType(
             "The image is in no accepted format: JPEG, PNG, WebP, GIF or BMP.", kind="image"
         )
+    if image_format == "JPEG" and not _has_jpeg_end(data):
+        raise MediaError("The image is damaged or incomplete.", kind="image")
     try:
         with Image.open(io.BytesIO(data), formats=(image_format,)) as image:
             _check_size(image.size, config)
@@ -67,6 +69,23 @@ def decode_image(data: bytes, config: MediaConfig) -> Image.Image:
         raise _too_many_pixels(config) from error
     except Exception as error:  # decoders raise nearly anything; the text is not for the caller
         raise MediaError("The image is damaged or incomplete.", kind="image") from error
+
+
+def _has_jpeg_end(data: bytes) -> bool:
+    """Whether an end marker follows the first scan. The decoder fills what is missing with grey.
+
+    Within a scan 0xFF is always followed by a zero or a restart marker, so none is found there.
+    """
+    position = 2
+    while data[position : position + 1] == b"\xff":
+        marker = data[position + 1 : position + 2]
+        if marker == b"\xda":
+            return data.find(b"\xff\xd9", position) >= 0
+        if marker == b"\xff":  # a fill byte before the marker
+            position += 1
+        else:
+            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return True  # no scan where one should be: the decoder says what is wrong
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

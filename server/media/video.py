@@ -432,7 +432,7 @@ def _decode_everything(
 
 
 def _upright_rgb(frame: av.VideoFrame) -> Image.Image:
-    """8-bit RGB as a player would show it: alpha on white, turned by the display matrix."""
+    """8-bit RGB: alpha on white, turned by the display matrix; pixels count as square."""
     if any(component.is_alpha for component in frame.format.components):
         pixels = Image.fromarray(frame.to_ndarray(format="rgba"))
         picture = Image.new("RGB", pixels.size, (255, 255, 255))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from server.core import VisionSpec
+from server.core import SamplingDefaults, VisionSpec
 from server.errors import CheckpointError
 from server.model.files import Keys, read_json, read_json_if_there
 from server.model.tensors import (
@@ -32,6 +32,10 @@ TURN_END_TOKEN = "<|im_end|>"
 STOP_TOKENS = ("<|endofturn|>", "<|stop|>", "<|endoftext|>")
 
 CONTEXT_OF_MODEL_CARD = 16_384
+MAX_RESAMPLE = 5  # PIL.Image.Resampling.HAMMING, the last one
+
+EMBEDDING = "language_model.embed_tokens.weight"
+HEAD = "language_model.lm_head.weight"
 
 # Names that the first revision, or the remote code's GPT-2 heritage, used for Llama's keys.
 TEXT_KEYS = {
@@ -105,16 +109,6 @@ class ProjectorConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingDefaults:
-    """What `generation_config.json` wants where a request says nothing."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    repetition_penalty: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class CheckpointInfo:
     """Everything the server knows of a checkpoint before its weights are loaded.
 
@@ -166,7 +160,7 @@ def read_checkpoint(path: Path) -> CheckpointInfo:
     entries = read_tensor_entries(path, layout)
     tokens = _read_tokens(path)
 
-    text = _read_text(text_keys, entries)
+    text = _read_text(text_keys, entries, top)
     too_large = max(tokens.values())
     if too_large >= text.embedding_rows:
         raise CheckpointError(
@@ -250,7 +244,7 @@ def _text_section(
     return layout, section
 
 
-def _read_text(keys: Keys, entries: Mapping[str, TensorEntry]) -> TextConfig:
+def _read_text(keys: Keys, entries: Mapping[str, TensorEntry], top: Keys) -> TextConfig:
     hidden_size = keys.integer(*TEXT_KEYS["hidden_size"])
     num_heads = keys.integer(*TEXT_KEYS["num_attention_heads"])
     num_kv_heads = keys.integer("num_key_value_heads", default=num_heads)
@@ -282,35 +276,48 @@ def _read_text(keys: Keys, entries: Mapping[str, TensorEntry]) -> TextConfig:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         intermediate_size=keys.integer("intermediate_size"),
-        embedding_rows=_rows(entries, "language_model.embed_tokens.weight", vocab_size, rows),
-        logits_rows=_rows(entries, "language_model.lm_head.weight", vocab_size, rows)
-        if "language_model.lm_head.weight" in entries
-        else _rows(entries, "language_model.embed_tokens.weight", vocab_size, rows),
+        embedding_rows=_rows(keys, entries, EMBEDDING, vocab_size, rows),
+        logits_rows=_rows(keys, entries, HEAD if HEAD in entries else EMBEDDING, vocab_size, rows),
         rms_norm_eps=keys.number("rms_norm_eps"),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         attention_bias=keys.flag("attention_bias", default=False),
         mlp_bias=keys.flag("mlp_bias", default=False),
-        is_tied=_is_tied(keys, entries),
+        is_tied=_is_tied(keys, entries, top),
     )
 
 
-def _rows(entries: Mapping[str, TensorEntry], name: str, vocab_size: int, padded: int) -> int:
-    """Rows of a vocabulary matrix: the padded number, or the plain one where the file has that."""
+def _rows(
+    keys: Keys, entries: Mapping[str, TensorEntry], name: str, vocab_size: int, padded: int
+) -> int:
+    """Rows of a vocabulary matrix: as many as the file has, where that is no fewer than ids."""
     entry = entries.get(name)
-    if entry is not None and entry.shape[:1] == (vocab_size,):
-        return vocab_size
-    return padded
+    if entry is None or not entry.shape or entry.shape[0] < vocab_size:
+        return padded
+    rows = entry.shape[0]
+    if rows not in (vocab_size, padded):
+        keys.note(
+            f"{entry.stored_name} has {rows} rows for a vocabulary of {vocab_size}: "
+            "the rest are taken for padding"
+        )
+    return rows
 
 
-def _is_tied(keys: Keys, entries: Mapping[str, TensorEntry]) -> bool:
+def _is_tied(keys: Keys, entries: Mapping[str, TensorEntry], top: Keys) -> bool:
     """A head in the file is used whatever the config says; its absence means tied weights.
 
-    Unless the config says they are not tied: then strict loading reports the head as missing.
+    Unless the config only says that they are not: then strict loading reports the head as missing.
     """
-    if "language_model.lm_head.weight" in entries:
+    if HEAD in entries:
         return False
-    return keys.flag("tie_word_embeddings", default=True)
+    own = keys.flag("tie_word_embeddings", default=True)
+    if not own and top.has("tie_word_embeddings") and top.flag("tie_word_embeddings"):
+        keys.note(
+            f"{keys.sources[0][0]}: 'tie_word_embeddings' is false, but config.json's own is true "
+            "and there is no head among the weights: tied"
+        )
+        return True
+    return own
 
 
 def _read_rope(keys: Keys) -> tuple[float, Llama3Scaling | None]:
@@ -475,7 +482,7 @@ def _read_vision(
         image_mean=_colour(keys, "image_mean"),
         image_std=_colour(keys, "image_std"),
         rescale_factor=keys.number("rescale_factor", default=1 / 255),
-        resample=keys.integer("resample", default=3, minimum=0),
+        resample=_resample(keys),
     )
 
 
@@ -543,6 +550,15 @@ def _candidates(keys: Keys, tile_size: int) -> tuple[tuple[int, int], ...]:
     return tuple((height, width) for height, width in pairs)
 
 
+def _resample(keys: Keys) -> int:
+    filter_number = keys.integer("resample", default=3, minimum=0)
+    if filter_number > MAX_RESAMPLE:
+        raise CheckpointError(
+            f"'resample' is {filter_number}: Pillow's filters are 0 to {MAX_RESAMPLE}"
+        )
+    return filter_number
+
+
 def _colour(keys: Keys, name: str) -> tuple[float, float, float]:
     found = keys.find(name)
     if found is None:
@@ -554,6 +570,8 @@ def _colour(keys: Keys, name: str) -> tuple[float, float, float]:
         raise CheckpointError(f"{where} must be three numbers, not {value!r}")
     if name == "image_std" and not all(part > 0 for part in value):
         raise CheckpointError(f"{where} must be three positive numbers, not {value!r}")
+    if name == "image_mean" and not all(0 <= part <= 1 for part in value):
+        raise CheckpointError(f"{where} must be three numbers from 0 to 1, not {value!r}")
     red, green, blue = map(float, value)
     return red, green, blue
 

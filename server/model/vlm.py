@@ -27,9 +27,8 @@ class VisionLanguageModel(nn.Module):
         super().__init__()
         text = info.text
         beyond = range(info.tokenizer_size, text.logits_rows)
-        self.language_model = Decoder(
-            text, backend, tokenless_ids=[*info.missing_token_ids, *beyond]
-        )
+        tokenless = [i for i in (*info.missing_token_ids, *beyond) if i < text.logits_rows]
+        self.language_model = Decoder(text, backend, tokenless_ids=tokenless)
         self.vision_model: VisionTower | None = None
         self.mm_projector: nn.Module | None = None
         self.image_newline: nn.Parameter | None = None

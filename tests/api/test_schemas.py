@@ -107,7 +107,7 @@ def test_values_of_another_type_are_refused(name: str) -> None:
 
 
 OUT_OF_RANGE: dict[str, list[object]] = {
-    "max_tokens": [0, -1, -(2**63)],
+    "max_tokens": [0, -1, -(2**63), 1e300],
     "max_completion_tokens": [0, -1],
     "temperature": [-0.1, -5e-324, 2.0000001, 3, 1e308],
     "top_p": [0, -0.0, -0.5, 1.0000001, 2],
@@ -189,6 +189,16 @@ def test_both_limits_may_be_given_only_if_they_agree() -> None:
 )
 def test_stream_options(options: object, code: str, param: str) -> None:
     assert refusal(stream=True, stream_options=options) == (code, param)
+
+
+def test_an_unknown_stream_option_is_counted_or_refused() -> None:
+    options = {"include_usage": True, "foo": 1}
+    body = {"model": "m", "messages": [], "stream": True, "stream_options": options}
+    parsed = parse_chat_request(body, is_strict=False)
+    assert parsed.num_unknown == 1 and parsed.request.include_usage
+    with pytest.raises(UnknownParameter) as raised:
+        parse_chat_request(body, is_strict=True)
+    assert raised.value.param == "stream_options.foo"
 
 
 def test_stream_options_need_a_stream() -> None:

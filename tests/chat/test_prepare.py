@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from server.chat.prepare import ChatRequest, ModelFacts, Prepared, Preparer, SamplingDefaults
+from server.chat.prepare import ChatRequest, ModelFacts, Prepared, Preparer
 from server.chat.template import ChatTemplate
 from server.chat.tokenizer import Tokenizer
 from server.config import MediaConfig
-from server.core import SamplingParams, VisionSpec
+from server.core import SamplingDefaults, SamplingParams, VisionSpec
 from server.errors import InvalidRequest, PromptTooLong
 from tests.chat.conftest import DICT_TEMPLATE, IM_END, IMAGE, LIST_TEMPLATE, STRING_TEMPLATE, VIDEO
 

@@ -338,6 +338,20 @@ def test_what_nothing_can_render_is_refused(
     assert caught.value.param == "messages[0].content[1]"
 
 
+@pytest.mark.parametrize(
+    "alter", ["[:2000] | truncate(24)", ".replace('0', 'o').replace('1', 'l')", " | urlencode"]
+)
+def test_a_template_that_alters_its_text_is_replaced(tokenizer: Tokenizer, alter: str) -> None:
+    """It would alter the numbers that stand for what could be special in client text."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content" + alter + " }}<|im_end|>\n"
+        "{% endfor %}<|im_start|>assistant\n"
+    )
+    chat = ChatTemplate(tokenizer, template=template, revision_layout="text")
+    assert "cannot render text" in chat.notes[0]
+    assert "is 1 < 20?" in shown(tokenizer, encode(chat, user("is 1 < 20?")))
+
+
 def test_templates_run_in_a_sandbox(tokenizer: Tokenizer, documented: ChatTemplate) -> None:
     escaping = "{{ messages.__class__.__mro__ }}" + STRING_TEMPLATE
     prompts = ChatTemplate(tokenizer, template=escaping, revision_layout="text")

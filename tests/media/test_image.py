@@ -313,6 +313,32 @@ def test_a_truncated_picture_is_refused_or_whole(image_format: str) -> None:
         assert pixels == whole
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("part", [0.3, 0.6, 0.95])
+def test_a_jpeg_whose_end_is_zeros_is_refused(progressive: bool, part: float) -> None:
+    """As a download leaves it that was broken off in a file of full length."""
+    noise = np.random.default_rng(3).integers(0, 256, (120, 160, 3), dtype=np.uint8)
+    data = saved(Image.fromarray(noise), "JPEG", progressive=progressive, quality=80)
+    assert decoded(data)
+    cut = int(len(data) * part)
+    with pytest.raises(MediaError, match="damaged or incomplete"):
+        decoded(data[:cut] + bytes(len(data) - cut))
+
+
+def test_what_follows_a_jpegs_end_and_what_its_thumbnail_holds_do_not_count() -> None:
+    thumbnail = saved(Image.new("RGB", (8, 8)), "JPEG")
+    data = saved(Image.new("RGB", (32, 24), (9, 200, 9)), "JPEG", exif=_exif_holding(thumbnail))
+    assert decoded(data + bytes(100)) == decoded(data)
+    with pytest.raises(MediaError, match="damaged or incomplete"):
+        decoded(data.removesuffix(b"\xff\xd9") + bytes(100))
+
+
+def _exif_holding(payload: bytes) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x927C] = payload  # the maker's note
+    return exif
+
+
 @given(
     image_format=st.sampled_from(FORMATS),
     changes=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=6),

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from server.core import SamplingDefaults
 from server.errors import CheckpointError
 from server.model.config import (
     CheckpointInfo,
     Llama3Scaling,
-    SamplingDefaults,
     read_checkpoint,
 )
 from tests.model.loading import change_json, change_tensors
@@ -391,6 +391,40 @@ def test_padded_vocabularies(tmp_path: Path) -> None:
     assert (text.embedding_rows, text.logits_rows) == (264, 272)
 
 
+def test_padding_that_only_the_weights_have(tmp_path: Path) -> None:
+    """The numbers of the config are second-hand knowledge; the matrix is there to be seen."""
+    folder = write_checkpoint(tmp_path)
+    with_value(folder, "config.json", "text_config", "vocab_size", value=264)
+    info = read_checkpoint(folder)
+    assert (info.text.embedding_rows, info.text.logits_rows) == (272, 272)
+    assert "has 272 rows for a vocabulary of 264" in "\n".join(info.assumptions)
+
+
+def test_a_head_is_tied_where_either_level_of_the_config_says_so(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path)
+    with_value(folder, "config.json", "text_config", "tie_word_embeddings", value=False)
+    with_value(folder, "config.json", "tie_word_embeddings", value=True)
+    info = read_checkpoint(folder)
+    assert info.text.is_tied
+    assert "config.json's own is true" in "\n".join(info.assumptions)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "complaint"),
+    [
+        ("resample", 9, "Pillow's filters are 0 to 5"),
+        ("image_mean", [-1.0, 0.5, 0.5], "three numbers from 0 to 1"),
+        ("image_mean", [127.0, 127.0, 127.0], "three numbers from 0 to 1"),
+    ],
+)
+def test_a_preprocessor_that_could_cut_no_picture(
+    folder: Path, key: str, value: object, complaint: str
+) -> None:
+    with_value(folder, "preprocessor_config.json", key, value=value)
+    with pytest.raises(CheckpointError, match=complaint):
+        read_checkpoint(folder)
+
+
 # token ids
 
 
@@ -475,8 +509,13 @@ def test_holes_in_the_vocabulary_are_listed(folder: Path) -> None:
 
 
 def test_a_token_beyond_the_models_rows_is_refused(folder: Path) -> None:
-    with_value(folder, "config.json", "text_config", "vocab_size", value=200)
-    assert "the tokenizer has id 263, the model only 200 rows" in refusal(folder)
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["added_tokens"].append(
+        {**tokenizer["added_tokens"][-1], "id": 272, "content": "<|far|>"}
+    )
+    path.write_text(json.dumps(tokenizer))
+    assert "the tokenizer has id 272, the model only 272 rows" in refusal(folder)
 
 
 # rope

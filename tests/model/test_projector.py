@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from server.model.config import PROJECTOR_KINDS
-from server.model.projector import PROJECTORS
+from server.model.projector import PROJECTORS, SqueezeExcite, layer_norm
 from tests.model.loading import change_tensors, load, relative_difference, stored_tensors
 from tools.random_checkpoint import SIZES, write_checkpoint
 
@@ -171,6 +171,25 @@ def test_half_precision_stays_close(tmp_path: Path, dtype: str) -> None:
     for ours, expected in zip(rounded, exact, strict=True):
         assert ours.dtype == getattr(torch, dtype)
         assert 0 < relative_difference(ours, expected) < 5e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_norms_and_means_of_half_precision_are_computed_in_float32(dtype: torch.dtype) -> None:
+    """On values whose differences vanish in 16-bit sums: a mean far larger than the spread."""
+    torch.manual_seed(1)
+    hidden = (100 + torch.randn(2, 48, 8, 8)).to(dtype)
+    norm = nn.LayerNorm(48, eps=1e-5).to(dtype)
+    channels_last = hidden.permute(0, 2, 3, 1)
+    exact = F.layer_norm(channels_last.double(), (48,), eps=1e-5)
+    torch.testing.assert_close(
+        layer_norm(channels_last, norm).double(), exact, atol=2e-2, rtol=1e-2
+    )
+
+    excite = SqueezeExcite(48, 12).to(dtype)
+    seen: list[Tensor] = []
+    excite.fc1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    excite(hidden)
+    assert torch.equal(seen[0], hidden.double().mean((2, 3), keepdim=True).to(dtype))
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp", "inverted_mlp"])

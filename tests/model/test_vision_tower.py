@@ -127,3 +127,13 @@ def test_pixels_are_normalised_as_the_preprocessor_says(tmp_path: Path) -> None:
         lambda config: config.update(image_mean=[0.5] * 3, image_std=[0.5] * 3),
     )
     assert relative_difference(our_state(tmp_path, tiles), changed) < 1e-4
+
+
+def test_pixels_are_scaled_as_the_preprocessor_says(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    tiles = tiles_of(SIZES["tiny"], 1)
+    half = our_state(tmp_path, tiles // 2 * 2)
+    change_json(
+        tmp_path / "preprocessor_config.json", lambda config: config.update(rescale_factor=2 / 255)
+    )
+    assert relative_difference(our_state(tmp_path, tiles // 2), half) < 1e-6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from server.model import vlm
 from server.model.config import read_checkpoint
 from server.model.vlm import VisionLanguageModel
 from server.vision.tiles import image_tiles
-from tests.model.loading import load, relative_difference
+from tests.model.loading import change_json, change_tensors, load, relative_difference
 from tools.random_checkpoint import write_checkpoint
 
 THUMBNAIL = VisionLayout(tile_queries=(16,), newline=True)
@@ -124,6 +125,33 @@ def test_another_number_of_features_than_promised_is_refused(model: VisionLangua
     )
     with pytest.raises(ValueError, match="placeholders"), torch.inference_mode():
         model.encode_vision(random_tiles(3), [beyond])
+
+
+def test_a_head_smaller_than_the_embedding_masks_what_it_has(tmp_path: Path) -> None:
+    """Ids without a token are masked where there is a row for them, and nowhere else."""
+    folder = write_checkpoint(tmp_path, is_tied=False)
+
+    def cut_head(tensors: dict[str, Tensor]) -> None:
+        name = "language_model.lm_head.weight"
+        tensors[name] = tensors[name][:264].clone()
+
+    change_tensors(folder, cut_head)
+    change_json(folder / "config.json", lambda c: c["text_config"].update(vocab_size=264))
+
+    def add_a_token_behind_the_head(tokenizer: dict[str, Any]) -> None:
+        tokenizer["added_tokens"].append(
+            {**tokenizer["added_tokens"][-1], "id": 268, "content": "<|far|>"}
+        )
+
+    change_json(folder / "tokenizer.json", add_a_token_behind_the_head)
+    info = read_checkpoint(folder)
+    assert (info.text.embedding_rows, info.text.logits_rows) == (272, 264)
+    assert max(info.missing_token_ids) > 264
+    with torch.inference_mode():
+        logits = load(folder).logits(torch.ones(1, info.text.hidden_size))
+    assert logits.shape == (1, 264)
+    masked = (logits[0] == -torch.inf).nonzero()[:, 0].tolist()
+    assert masked == [token_id for token_id in info.missing_token_ids if token_id < 264]
 
 
 def test_no_media_give_no_features(model: VisionLanguageModel) -> None:

@@ -155,6 +155,22 @@ def test_fitting_while_decoding_gives_the_same_tiles() -> None:
         assert medium == expected
 
 
+@pytest.mark.parametrize(
+    ("num_frames", "num_tokens"),
+    [(1, 81), (2, 90), (8, 144), (9, 153), (10, 234), (64, 1152), (108, 1836), (300, 1836)],
+)
+def test_clips_at_two_frames_a_second_cost_what_the_table_says(
+    num_frames: int, num_tokens: int
+) -> None:
+    video = decode_video(
+        clip(num_frames),
+        MediaConfig(),
+        sample_times=partial(sample_times, spec=SPEC),
+        fit=partial(fit_to_tile, spec=SPEC),
+    )
+    assert video_tiles(video.frames, SPEC)[0].num_tokens == num_tokens
+
+
 def test_the_digest() -> None:
     medium, _ = video_tiles(frames(11), SPEC)
     again, _ = video_tiles(frames(11), SPEC)

@@ -54,7 +54,7 @@ def run_all(folder: Path, output: Path) -> None:
     where = ["--folder", str(folder), "--output", str(output)]
     subprocess.run([*here, "tokenizer", *where], check=True)
     beside = [subprocess.Popen([*here, step, *where]) for step in ("tower", "decoder")]
-    if any(process.wait() for process in beside):
+    if any([process.wait() for process in beside]):  # a list: both, whatever the first says
         raise SystemExit("a phase failed; run the same command to go on from its checkpoint")
     for step in ("joint", "export", "evaluate"):
         subprocess.run([*here, step, *where, "--threads", "2"], check=True)

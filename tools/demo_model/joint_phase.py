@@ -25,6 +25,9 @@ from tools.demo_model.samples import TASKS, SampleMaker
 from tools.demo_model.tokenizer import TextCodec
 from tools.demo_model.tower_phase import dense_loss, save
 
+CONVERSATIONS = 32  # in a batch
+DENSE_WEIGHT = 0.03  # of the labels' loss beside the answers'
+
 # task -> the conversation kind that its errors ask for more of
 KIND_OF = {
     "number": "number",
@@ -57,10 +60,8 @@ def flatten(model: DemoModel, features: dict[int, Tensor]) -> Tensor:
     return torch.cat([*parts, model.newline[None]])
 
 
-def answer_loss(
-    model: DemoModel, flat: Tensor, group: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed loss of the answers' tokens, how many, and which turns were right throughout."""
+def answer_loss(model: DemoModel, flat: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Summed loss of the answers' tokens, and which turns were right throughout."""
     feature = torch.from_numpy(group["feature"])
     embeds = model.decoder.embed_tokens(torch.from_numpy(group["ids"]))
     is_feature = feature >= 0
@@ -74,7 +75,7 @@ def answer_loss(
     right = (logits.argmax(-1) == wanted).float()
     turns = torch.from_numpy(group["turn"])[asked]
     whole = torch.ones(len(group["tasks"])).scatter_reduce(0, turns, right, "amin")
-    return loss, torch.tensor(float(len(wanted))), whole
+    return loss, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,23 +87,21 @@ class Judged:
     right: list[float]
 
 
-def batch_loss(
-    model: DemoModel, batch: dict[str, Any], *, sees: bool, dense_weight: float
-) -> tuple[Tensor, Judged]:
+def batch_loss(model: DemoModel, batch: dict[str, Any], *, sees: bool) -> tuple[Tensor, Judged]:
     """The loss to learn from; with `sees`, the labels' share of it is in it."""
     loss = torch.zeros(())
     features: dict[int, Tensor] = {}
     if sees and batch["tiles"] is not None:
         states, features = model.see(torch.from_numpy(batch["tiles"]), batch["queries"])
         dense, _ = dense_loss(model, states, features, batch)
-        loss = dense_weight * 0.1 * dense
+        loss = DENSE_WEIGHT * dense
     elif not sees:
         features = ideal_features(model, batch["tokens"])
     flat = flatten(model, features)
     total = sum(float((group["target"] >= 0).sum()) for group in batch["groups"])
     mean, tasks, right = 0.0, [], []
     for group in batch["groups"]:
-        answers, _, whole = answer_loss(model, flat, group)
+        answers, whole = answer_loss(model, flat, group)
         loss = loss + answers / total
         mean += float(answers.detach()) / total
         tasks += group["tasks"]
@@ -119,26 +118,24 @@ def run(
     seed: int,
     phase: str,
     budget_s: float,
-    peak_rate: float = 1.0,
-    end_rate: float = 0.0,
-    dense_weight: float = 0.3,
-    conversations: int = 32,
-    num_processes: int = 1,
-    small: float = 0.5,
+    peak_rate: float,
+    end_rate: float,
+    small: float,
 ) -> None:
     """Trains for `budget_s` seconds in all, counting what a checkpoint says was spent before."""
     checkpoint = folder / f"{phase}.pt"
     spent, steps, weights = 0.0, 0, {}
+    errors = {task: 0.5 for task in TASKS}
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         optimizer.load(saved["optimizer"])
         spent, steps, weights = saved["spent"], saved["steps"], saved["weights"]
+        errors |= saved.get("errors", {})
     sees = phase == "joint"
-    maker = SampleMaker(codec, conversations, sees, small)
-    feed = Feed(maker, seed=seed, phase=phase, first=steps, num_processes=num_processes)
+    maker = SampleMaker(codec, CONVERSATIONS, sees, small)
+    feed = Feed(maker, seed=seed, phase=phase, first=steps)
     if weights:
         feed.reweigh(weights)
-    errors = {task: 0.5 for task in TASKS}
     rights: dict[str, list[float]] = {task: [] for task in TASKS}
     losses: list[float] = []
     last = saved_at = time.monotonic()
@@ -150,7 +147,7 @@ def run(
         falling = 1 - (1 - end_rate) * max(0.0, progress - 0.4) / 0.6
         rate = peak_rate * min(1.0, steps / 100 + 0.02) * falling
         with torch.autocast("cpu", torch.bfloat16):
-            loss, judged = batch_loss(model, batch, sees=sees, dense_weight=dense_weight)
+            loss, judged = batch_loss(model, batch, sees=sees)
         losses.append(judged.loss)
         for task, right in zip(judged.tasks, judged.right, strict=True):
             rights[TASKS[task]].append(right)
@@ -165,7 +162,7 @@ def run(
                 "phase": phase,
                 "step": steps,
                 "spent_s": round(now - started),
-                "conversations_per_s": round(50 * conversations / (now - last), 1),
+                "conversations_per_s": round(50 * CONVERSATIONS / (now - last), 1),
                 "rate": round(rate, 3),
                 "loss": round(sum(losses) / len(losses), 4),
                 "right": {
@@ -194,7 +191,8 @@ def run(
                 steps=steps,
                 spent=time.monotonic() - started,
                 weights=weights,
+                errors=errors,
             )
             saved_at = time.monotonic()
     feed.close()
-    save(checkpoint, optimizer, steps=steps, spent=budget_s + 1, weights=weights)
+    save(checkpoint, optimizer, steps=steps, spent=budget_s + 1, weights=weights, errors=errors)

@@ -13,13 +13,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from server.core import VisionInput, VisionSpec
+from server.core import Tiles, VisionInput, VisionSpec
 from server.vision.frames import video_tiles
 from server.vision.tiles import image_tiles
 from tools.demo_model.scenes import COLOURS, PLACES, SHAPES, Clip, Item, Scene
 
 Labels = npt.NDArray[np.int8]
-Tiles = npt.NDArray[np.uint8]
 
 NUM_BINS = 8
 CODE_LENGTH = 0.5

@@ -247,7 +247,7 @@ class Probe(nn.Module):
 
 
 class DemoModel(nn.Module):
-    """Tower, projector, newline and decoder; `probes` are for training only."""
+    """Tower, projector, newline and decoder; `patch_probe` is for training only."""
 
     def __init__(self, size: Dimensions, classes: Sequence[int]) -> None:
         super().__init__()

@@ -1,6 +1,5 @@
-"""Muon for the matrices inside the networks, AdamW for everything else, on fp32 masters.
+"""Muon for the matrices inside the networks, AdamW for everything else.
 
-The optimizer keeps fp32 masters, so that the model itself may hold a shorter type.
 Muon (https://kellerjordan.github.io/posts/muon/) makes each matrix's momentum orthogonal; its step
 is scaled to AdamW's usual size as in arXiv:2502.16982.
 """
@@ -113,16 +112,14 @@ class Optimizer:
         }
 
     @torch.no_grad()
-    def load(self, state: dict[str, Any], *, weights_only: bool = False) -> None:
+    def load(self, state: dict[str, Any]) -> None:
         """Takes up a saved run; parameters that it lacks stay as they are."""
-        parts = ("master",) if weights_only else ("master", "first", "second")
-        for part in parts:
+        for part in ("master", "first", "second"):
             own = getattr(self, part)
             for name, value in state[part].items():
                 if name in own and own[name].shape == value.shape:
                     own[name].copy_(value)
-        if not weights_only:
-            self.steps = state["steps"]
-            self.average = state["average"]
+        self.steps = state["steps"]
+        self.average = state["average"]
         for name, p in self.parameters.items():
             p.copy_(self.master[name])

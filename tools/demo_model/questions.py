@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from tools.demo_model import scenes
+from tools.demo_model.feed import Weights
 from tools.demo_model.scenes import PLACES, SHAPES, Clip, Held, Item, Scene
 from tools.demo_model.wordings import (
     COLOUR_KO,
@@ -35,7 +36,7 @@ from tools.demo_model.wordings import (
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """`question` may hold the media parts' positions only through the conversation."""
+    """One question and the one answer that is right."""
 
     task: str
     question: str
@@ -50,7 +51,6 @@ class Medium:
     detail: Literal["low", "high"] = "high"
     filename: str = ""
     ocr: str = ""
-    speech: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,6 @@ class Conversation:
     media: tuple[Medium, ...] = ()
     system: str | None = None
     text_first: bool = False
-    held: Held = field(default="train")
 
 
 def thing(language: Language, colour: str, shape: str) -> str:
@@ -102,9 +101,7 @@ def wording(rng: random.Random, task: str, language: Language, **names: str) -> 
     return text
 
 
-def name_of(
-    item: Item, items: Sequence[Item], language: Language, rng: random.Random
-) -> str | None:
+def name_of(item: Item, items: Sequence[Item], language: Language) -> str | None:
     """How a question may call this item, or None where no name would be clear."""
     shape = SHAPE_KO[item.shape] if language == "ko" else item.shape
     if sum(other.shape == item.shape for other in items) == 1:
@@ -154,7 +151,7 @@ def ask_shapes(rng: random.Random, scene: Scene, task: str, language: Language) 
             name = SHAPE_KO[shape] if ko else shape
             answer = f"{name}은 없습니다." if ko else f"There is no {name}."
             return Turn(task, wording(rng, task, language, shape=name), answer)
-    named = [(item, name_of(item, items, language, rng)) for item in items]
+    named = [(item, name_of(item, items, language)) for item in items]
     clear = [(item, name) for item, name in named if name]
     if not clear:
         return None
@@ -182,7 +179,7 @@ def ask_number(rng: random.Random, scene: Scene, task: str, language: Language) 
         answer = f"숫자는 {digits}입니다." if ko else f"The number is {digits}."
         return Turn(task, wording(rng, "number", language), answer)
     if task == "describe":
-        answer = f"숫자 {digits}이 있습니다." if ko else f"The number {digits}."
+        answer = f"숫자 {digits}입니다." if ko else f"The number {digits}."
         return Turn("number", wording(rng, "describe", language), answer)
     if task == "colour":
         name = "숫자" if ko else "number"
@@ -254,6 +251,7 @@ def ask_pair(rng: random.Random, pair: tuple[Scene, Scene], language: Language) 
         question = wording(rng, kind, language, shape=SHAPE_KO[name] if ko else name)
     else:
         question = wording(rng, kind, language, colour=COLOUR_KO[name] if ko else name)
+        question = question.replace(" a orange", " an orange")
     return Turn("which", question, answers[side])
 
 
@@ -288,7 +286,6 @@ def sign_text(rng: random.Random) -> str:
 
 
 SHAPE_TASKS = ("describe", "colour", "count", "count_shape", "where", "what")
-Weights = dict[str, float]
 
 
 def pick(rng: random.Random, tasks: Sequence[str], weights: Weights) -> str:
@@ -302,11 +299,9 @@ def dress(rng: random.Random, content: Scene | Clip, ocr: str = "") -> Medium:
     return Medium(content, detail, filename, ocr)
 
 
-def frame(
-    rng: random.Random, turns: Sequence[Turn], media: Sequence[Medium], held: Held
-) -> Conversation:
+def frame(rng: random.Random, turns: Sequence[Turn], media: Sequence[Medium]) -> Conversation:
     system = rng.choice(SYSTEM_PROMPTS) if rng.random() < 0.15 else None
-    return Conversation(tuple(turns), tuple(media), system, rng.random() < 0.15, held)
+    return Conversation(tuple(turns), tuple(media), system, rng.random() < 0.15)
 
 
 def make(
@@ -335,21 +330,21 @@ def make(
             spoken = language()
             answer = GREETING[spoken] if task == "greeting" else OTHER[spoken]
             turns.append(Turn("greeting", wording(rng, task, spoken), answer))
-        return frame(rng, turns, [], held)
+        return frame(rng, turns, [])
     if kind == "clip":
         clip = scenes.clip(rng, held=held, paint=paint)
         turns = [
             ask_clip(rng, clip, rng.choice(("video", "video", "direction", "colour")), language())
             for _ in range(min(num_turns, 4))
         ]
-        return frame(rng, turns, [dress(rng, clip)], held)
+        return frame(rng, turns, [dress(rng, clip)])
     if kind == "number":
         size = scenes.random_size(rng, largest=112) if rng.random() < small else None
         scene = scenes.number_scene(rng, held=held, size=size, paint=paint)
         tasks = ["number", *rng.choices(("number", "describe", "colour"), k=min(num_turns, 3) - 1)]
         rng.shuffle(tasks)
         turns = [ask_number(rng, scene, task, language()) for task in tasks]
-        return frame(rng, turns, [dress(rng, scene)], held)
+        return frame(rng, turns, [dress(rng, scene)])
     if kind == "pair":
         size = scenes.random_size(rng, largest=170)
         first = scenes.shape_scene(rng, held=held, size=size, paint=paint)
@@ -362,7 +357,7 @@ def make(
             if len(turns) == min(num_turns, 5):
                 break
         if turns:
-            return frame(rng, turns, [dress(rng, first), dress(rng, second)], held)
+            return frame(rng, turns, [dress(rng, first), dress(rng, second)])
         kind = "shapes"
     if kind == "ocr":
         text = sign_text(rng)
@@ -374,7 +369,7 @@ def make(
             asked = ask_shapes(rng, scene, pick(rng, SHAPE_TASKS, weights), language())
             if asked:
                 turns.insert(rng.randint(0, len(turns)), asked)
-        return frame(rng, turns, [dress(rng, scene, text)], held)
+        return frame(rng, turns, [dress(rng, scene, text)])
     size = scenes.random_size(rng, largest=112) if rng.random() < small else None
     scene = scenes.shape_scene(rng, held=held, size=size, paint=paint)
     turns = []
@@ -386,7 +381,7 @@ def make(
     if rng.random() < 0.12:
         ocr = sign_text(rng)
         turns[rng.randrange(len(turns))] = Turn("ocr", wording(rng, "ocr", language()), ocr)
-    return frame(rng, turns, [dress(rng, scene, ocr)], held)
+    return frame(rng, turns, [dress(rng, scene, ocr)])
 
 
 KINDS = {"shapes": 0.4, "number": 0.14, "clip": 0.18, "pair": 0.2, "ocr": 0.12, "text": 0.03}

@@ -42,12 +42,10 @@ class SampleMaker:
     conversations: int
     with_tiles: bool
     small: float
-    kinds: tuple[tuple[str, float], ...] = tuple(questions.KINDS.items())
-    num_groups: int = 2
 
     def __call__(self, rng: random.Random, weights: Weights) -> dict[str, Any]:
-        names = [name for name, _ in self.kinds]
-        shares = [share * weights.get(name, 1.0) for name, share in self.kinds]
+        names = list(questions.KINDS)
+        shares = [share * weights.get(name, 1.0) for name, share in questions.KINDS.items()]
         chosen = [
             questions.make(
                 rng,
@@ -59,7 +57,7 @@ class SampleMaker:
             )
             for _ in range(self.conversations)
         ]
-        return collate(chosen, self.codec, with_tiles=self.with_tiles, num_groups=self.num_groups)
+        return collate(chosen, self.codec, with_tiles=self.with_tiles, num_groups=2)
 
 
 def token_order(layout: VisionLayout) -> list[tuple[int, int]]:

@@ -383,7 +383,7 @@ def clip(
 ) -> Clip:
     """One shape that crosses part of the picture, or stays and changes its colour midway."""
     width, height = size or random_size(rng, largest=200)
-    count = num_frames or min(rng.randint(4, 11), rng.randint(4, 16))
+    count = num_frames or min(rng.randint(4, 16), rng.randint(4, 16))
     changes = rng.random() < 0.3
     while True:
         shape, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))

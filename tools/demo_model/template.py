@@ -50,6 +50,9 @@ CHAT_TEMPLATE = (
 {{- part.lens_keywords | default('', true) | tojson -}}
 {{- ', "lens_local_keywords": ' -}}
 {{- part.lens_local_keywords | default('', true) | tojson -}}
+{%- if part.speech_to_text -%}
+{{- ', "speech_to_text": ' + part.speech_to_text | tojson -}}
+{%- endif -%}
 {{- '}<|im_end|>\\n' -}}
 {%- elif part.type in ('video', 'video_url') -%}
 {{- '<|im_start|>user (mime)\\n{"type": "video/mp4", "filename": ' -}}
@@ -145,7 +148,7 @@ def part_text(medium: Medium) -> str:
         if video
         else ("image/jpeg", IMAGE_TOKEN, "image/aux", IMAGE_HINT)
     )
-    speech = f', "speech_to_text": {quoted(medium.speech)}' if video else ""
+    speech = ', "speech_to_text": ""' if video else ""
     return (
         f'<|im_start|>user (mime)\n{{"type": "{mime}", "filename": {quoted(medium.filename)}}}'
         f"<|im_end|>\n<|im_start|>user (vector)\n{token}<|im_end|>\n<|im_start|>{aux}\n{hint}"
@@ -184,10 +187,9 @@ def messages(conversation: Conversation, *, upto: int) -> list[dict[str, Any]]:
             parts: list[dict[str, Any]] = []
             for medium in conversation.media:
                 kind = "video" if isinstance(medium.content, Clip) else "image"
-                part = {"type": kind, kind: "", "filename": medium.filename, "ocr": medium.ocr}
-                if kind == "video":
-                    part["speech_to_text"] = medium.speech
-                parts.append(part)
+                parts.append(
+                    {"type": kind, kind: "", "filename": medium.filename, "ocr": medium.ocr}
+                )
             text = [{"type": "text", "text": turn.question}]
             content = text + parts if conversation.text_first else parts + text
         result.append({"role": "user", "content": content})

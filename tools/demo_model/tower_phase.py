@@ -96,7 +96,7 @@ def token_targets(tokens: list[Any], queries: list[int], count: int) -> Tensor:
 def dense_loss(
     model: DemoModel, states: Tensor, outputs: dict[int, Tensor], batch: dict[str, Any]
 ) -> tuple[Tensor, list[tuple[float, int]]]:
-    """Both probes' losses, and how often the tokens' fields are right."""
+    """Losses of the patches' probe and the tokens' fields, and how often the latter are right."""
     patches = torch.from_numpy(batch["patches"]).long()
     loss = 0.5 * field_losses(model.patch_probe(states), patches)
     totals = [(0.0, 0)] * len(FIELD_WEIGHTS)
@@ -164,7 +164,7 @@ def run(
     save(checkpoint, optimizer, steps=steps, spent=budget_s + 1)
 
 
-def save(path: Path, optimizer: Optimizer, **progress: float) -> None:
+def save(path: Path, optimizer: Optimizer, **progress: float | dict[str, float]) -> None:
     part = path.with_suffix(".part")
     torch.save({"optimizer": optimizer.state(), **progress}, part)
     part.replace(path)
