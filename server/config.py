@@ -110,7 +110,9 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=
     num_threads: PositiveInt | None = None
     block_size: PositiveInt = 64
     kv_cache_bytes: PositiveInt | None = None
+    encoder_cache_bytes: PositiveInt = 256 * _MIB
     max_tokens_per_step: PositiveInt | None = None
+    max_requests_running: PositiveInt = 256
     max_requests_waiting: PositiveInt = 256
     max_requests_per_key: PositiveInt = 64
     loading_timeout_s: PositiveFloat = 300.0

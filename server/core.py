@@ -144,10 +144,12 @@ class TokenEvent:
     """One step of one answer. The last event of a request, and only it, has a finish reason.
 
     `token_id` is None where a request ends without a token (abort, error). `error_code` is one of
-    the contract's codes and is set exactly when `finish_reason` is "error".
+    the contract's codes and is set exactly when `finish_reason` is "error". `num_cached_tokens`,
+    how much of the prompt was in the cache, comes with the first token.
     """
 
     request_id: str
     token_id: int | None
     finish_reason: FinishReason | None = None
     error_code: str | None = None
+    num_cached_tokens: int = 0

@@ -21,7 +21,8 @@ FAKE_FACTS = EngineFacts(
     dtype="float32",
     attention="fake",
     max_tokens_per_step=512,
-    max_tiles_per_step=4,
+    max_tokens_beside_answers=64,
+    tokens_per_tile=100,
     slowest_step_s=0.1,
     load_s=0.0,
 )

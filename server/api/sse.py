@@ -54,6 +54,7 @@ class Answer:
         self._prompt = prompt
         self._deltas = deltas
         self._completion_tokens = 0
+        self._cached_tokens = 0
         self.finish_reason: FinishReason | None = None
 
     async def texts(self) -> AsyncGenerator[str, None]:
@@ -61,6 +62,7 @@ class Answer:
         async with contextlib.aclosing(self._deltas):
             async for delta in self._deltas:
                 self._completion_tokens += delta.num_tokens
+                self._cached_tokens += delta.num_cached_tokens
                 if delta.text:
                     yield delta.text
                 self.finish_reason = delta.finish_reason
@@ -74,6 +76,7 @@ class Answer:
             "completion_tokens": self._completion_tokens,
             "total_tokens": self._prompt.prompt_tokens + self._completion_tokens,
             "prompt_tokens_details": {
+                "cached_tokens": self._cached_tokens,
                 "text_tokens": self._prompt.text_tokens,
                 "image_tokens": self._prompt.image_tokens,
                 "video_tokens": self._prompt.video_tokens,

@@ -28,12 +28,14 @@ class Delta:
     """The next piece of an answer. The last one, and only it, has a finish reason.
 
     `num_tokens` counts the tokens generated since the delta before, ends included, so that the sum
-    over all deltas is the usage.
+    over all deltas is the usage; `num_cached_tokens` likewise, of the prompt's that were not
+    computed again.
     """
 
     text: str
     finish_reason: FinishReason | None
     num_tokens: int
+    num_cached_tokens: int = 0
 
 
 class TokenStream(Protocol):
@@ -231,9 +233,10 @@ async def detokenize(
     `ServerError` of its code.
     """
     detokenizer = Detokenizer(tokenizer, stop)
-    num_tokens = 0
+    num_tokens = num_cached_tokens = 0
     try:
         async for event in stream:
+            num_cached_tokens += event.num_cached_tokens
             if event.finish_reason == "error":
                 raise ANSWER_ERRORS.get(event.error_code or "", ServerError)()
             text = ""
@@ -244,13 +247,14 @@ async def detokenize(
                     text = detokenizer.push(event.token_id)
             if detokenizer.is_stopped:
                 stream.close()  # now: nobody has to resume this generator after its last delta
-                yield Delta(text, "stop", num_tokens)
+                yield Delta(text, "stop", num_tokens, num_cached_tokens)
                 return
             if event.finish_reason is not None:
-                yield Delta(text + detokenizer.finish(), event.finish_reason, num_tokens)
+                text += detokenizer.finish()
+                yield Delta(text, event.finish_reason, num_tokens, num_cached_tokens)
                 return
             if text:
-                yield Delta(text, None, num_tokens)
-                num_tokens = 0
+                yield Delta(text, None, num_tokens, num_cached_tokens)
+                num_tokens = num_cached_tokens = 0
     finally:
         stream.close()

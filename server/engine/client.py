@@ -143,6 +143,8 @@ class EngineClient:
                 num_threads=engine.num_threads,
                 block_size=engine.block_size,
                 kv_cache_bytes=engine.kv_cache_bytes,
+                encoder_cache_bytes=engine.encoder_cache_bytes,
+                max_requests_running=engine.max_requests_running,
                 max_tokens_per_step=engine.max_tokens_per_step,
             ),
             listener=self,
@@ -194,7 +196,9 @@ class EngineClient:
 
     def on_ready(self, facts: EngineFacts) -> None:
         for admitted in self._requests.values():
-            self._process.send(admitted.frames)
+            if not admitted.num_crashes:
+                self._process.send(admitted.frames)
+        self._send_next_suspect()
 
     def on_joined(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
@@ -210,6 +214,7 @@ class EngineClient:
             admitted.frames = []
             if event.finish_reason is not None:
                 del self._requests[event.request_id]
+        self._send_next_suspect()
 
     def on_lost(self, *, is_final: bool) -> None:
         for admitted in list(self._requests.values()):
@@ -219,8 +224,17 @@ class EngineClient:
             if not admitted.is_waiting:
                 admitted.num_crashes += 1
                 admitted.is_waiting = True
+            admitted.is_held_back = admitted.num_crashes > 0
             if admitted.num_crashes >= MAX_CRASHES_MET:
                 self._end(admitted, "internal_error")
+
+    def _send_next_suspect(self) -> None:
+        """Those that a crash has met go one after another: the next one meets the guilty alone."""
+        suspects = [admitted for admitted in self._requests.values() if admitted.num_crashes]
+        unanswered = [admitted for admitted in suspects if admitted.frames]
+        if unanswered and all(admitted.is_held_back for admitted in unanswered):
+            unanswered[0].is_held_back = False
+            self._process.send(unanswered[0].frames)
 
     def _ready_facts(self) -> EngineFacts:
         match self._process.status:
@@ -264,6 +278,7 @@ class EngineClient:
     def _abort(self, request_id: str) -> None:
         if self._requests.pop(request_id, None) is not None:
             self._process.send([encode(Abort(request_id))])
+            self._send_next_suspect()
 
     def _end(self, admitted: _Admitted, error_code: str) -> None:
         request_id = admitted.request.request_id
@@ -280,7 +295,8 @@ class _Admitted:
     """A request in the engine. `frames` is what would be sent again; empty after its first event.
 
     It waits until the engine process says that it joined the running set; `num_crashes` counts
-    the processes that ended while it was in there.
+    the processes that ended while it was in there. One that a crash has met is held back while
+    another such is on its way.
     """
 
     request: GenerationRequest
@@ -288,6 +304,7 @@ class _Admitted:
     mailbox: asyncio.Queue[TokenEvent] = field(default_factory=asyncio.Queue)
     is_waiting: bool = True
     num_crashes: int = 0
+    is_held_back: bool = False
 
     @property
     def num_tile_bytes(self) -> int:

@@ -15,7 +15,7 @@ class EngineFacts:
 
     `max_request_tokens` is the context, of prompt and answer together; the cache holds at least
     one. Prompt ids must be below `logits_width` and `embedding_rows`. `slowest_step_s` is the
-    longest step seen while the two limits of a step were measured.
+    longest step seen while the limits of a step were measured.
     """
 
     logits_width: int
@@ -28,6 +28,7 @@ class EngineFacts:
     dtype: str
     attention: str
     max_tokens_per_step: int
-    max_tiles_per_step: int
+    max_tokens_beside_answers: int
+    tokens_per_tile: int
     slowest_step_s: float
     load_s: float

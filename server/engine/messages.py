@@ -27,6 +27,8 @@ class Start(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     num_threads: int | None
     block_size: int
     kv_cache_bytes: int | None
+    encoder_cache_bytes: int
+    max_requests_running: int
     max_tokens_per_step: int | None
 
 

@@ -6,6 +6,7 @@ decided by the scheduler, and running the same batch again gives the same again.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence as AbstractSequence
 from typing import Protocol
 
@@ -16,7 +17,20 @@ from torch import Tensor
 from server.attention.backend import AttentionInputs, LayerCache
 from server.core import VisionLayout
 from server.engine.sampler import SamplingRow, sample
-from server.engine.sequence import Batch, DeviceError, Medium, Sequence, Span, SpanOutput
+from server.engine.sequence import (
+    Batch,
+    DeviceError,
+    Sequence,
+    Span,
+    SpanOutput,
+    VisionSlice,
+)
+
+MACHINE_CACHE_SHARE = 0.25
+"""Of a machine's memory, where the model runs on its CPU."""
+
+MAX_CONTEXTS_CACHED = 16
+"""More contexts than this the cache on a CPU does not hold by itself."""
 
 DEVICE_CACHE_SHARE = 0.8
 """Of what an accelerator has free after the weights: the rest is for activations."""
@@ -69,15 +83,29 @@ class Runner:
             raise DeviceError("the accelerator reported an error") from error
 
     def _encode_vision(self, batch: Batch) -> None:
-        if not batch.vision:
+        # One whose embeds are there was finished when this step was run before.
+        parts = [part for part in batch.vision if part.encoding.embeds is None]
+        if not parts:
             return
         # Copied: what came over the socket is read-only, and torch knows no such thing.
-        tiles = np.concatenate([part.medium.tiles[part.start : part.stop] for part in batch.vision])
-        places = [(part.medium, i) for part in batch.vision for i in range(part.start, part.stop)]
-        queries = [medium.vision.layout.tile_queries[i] for medium, i in places]
+        tiles = np.concatenate([part.medium.tiles[part.start : part.stop] for part in parts])
+        places = [(part, tile) for part in parts for tile in range(part.start, part.stop)]
+        queries = [part.medium.vision.layout.tile_queries[tile] for part, tile in places]
         encoded = self._model.encode_tiles(torch.from_numpy(tiles).to(self._device), queries)
-        for (medium, tile), features in zip(places, encoded, strict=True):
-            medium.features[tile] = features
+        for (part, tile), features in zip(places, encoded, strict=True):
+            part.encoding.features[tile] = features
+        for part in parts:
+            if part.stop == part.encoding.num_tiles:
+                self._assemble(part)
+
+    def _assemble(self, part: VisionSlice) -> None:
+        encoding, vision = part.encoding, part.medium.vision
+        features = [encoding.features[tile] for tile in range(encoding.num_tiles)]
+        embeds = self._model.assemble(features, vision.layout)
+        if len(embeds) != vision.num_tokens:
+            raise RuntimeError("the model made another number of features than promised")
+        encoding.embeds = embeds
+        encoding.features.clear()
 
     def _compute(self, spans: list[Span]) -> list[SpanOutput]:
         embeds = self._embeds(spans)
@@ -104,9 +132,11 @@ class Runner:
             for medium in span.sequence.media:
                 start, stop = max(span.start, medium.start), min(span.stop, medium.stop)
                 if start < stop:
-                    medium_embeds = self._medium_embeds(medium).to(embeds.dtype)
+                    encoded = medium.encoding.embeds if medium.encoding is not None else None
+                    if encoded is None:
+                        raise RuntimeError("a medium is not encoded where its positions are due")
                     first = offset - span.start  # what is added to a position to find its row
-                    embeds[first + start : first + stop] = medium_embeds[
+                    embeds[first + start : first + stop] = encoded[
                         start - medium.start : stop - medium.start
                     ]
                     num_features += stop - start
@@ -114,14 +144,6 @@ class Runner:
                 raise RuntimeError("placeholders and features differ in number")
             offset += len(span)
         return embeds
-
-    def _medium_embeds(self, medium: Medium) -> Tensor:
-        if medium.embeds is None:
-            features = [medium.features[tile] for tile in range(medium.num_tiles)]
-            medium.embeds = self._model.assemble(features, medium.vision.layout)
-            if len(medium.embeds) != medium.vision.num_tokens:
-                raise RuntimeError("the model made another number of features than promised")
-        return medium.embeds
 
     def _count_placeholders(self, span: Span) -> int:
         # Only in the prompt: a model may well generate such an id, and then it is just an id.
@@ -157,14 +179,17 @@ def choose_cache_bytes(
 ) -> int:
     """How much memory the cache may take: as configured, or by the kind of device.
 
-    On a CPU, where memory is everybody's, one context: it is only taken as it is used.
+    On a CPU, where memory is everybody's, a few contexts: it is only taken as it is used.
     """
     if configured is not None:
         return configured
     if torch.device(device).type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(device)
         return int(free_bytes * DEVICE_CACHE_SHARE)
-    return bytes_per_token * context_length
+    one_context = bytes_per_token * context_length
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    num_contexts = int(memory_bytes * MACHINE_CACHE_SHARE) // one_context
+    return one_context * max(1, min(MAX_CONTEXTS_CACHED, num_contexts))
 
 
 def _span_ids(span: Span) -> list[int]:

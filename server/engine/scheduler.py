@@ -1,22 +1,96 @@
 """Decides what each step computes: which sequences, how many positions, which tiles.
 
-It hands out blocks and ends sequences. It knows no tensors, so that it is tested as the state
-machine it is.
+It hands out blocks and encodings and ends sequences. It knows no tensors, so that it is tested as
+the state machine it is.
 
-The present policy is the plainest that is correct: requests join the running set strictly in the
-order they came, at most `max_running` of them (the worker says one), and each takes every block it
-can come to need when it joins, so that nothing ever has to be preempted. A better policy changes
-this file only: the batch it returns already mixes prefill, chunks, decode and vision.
+Sequences join the running set in the order they came, tenants in turn, as long as the cache has
+room for what is known of them; nobody overtakes the first that waits for room. In a step every
+running answer goes on by one token; what is left of the budget goes to the prompts, short ones
+first, a share of it always to the one that joined first. An answer grows block by block: when none
+is left, the sequence that joined last gives up its blocks and is computed again later.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import secrets
+from collections import OrderedDict
+from collections.abc import Iterator
 from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass, field
 
 from server.core import FinishReason, TokenEvent
 from server.engine.blocks import BlockPool
-from server.engine.sequence import Batch, Sequence, Span, SpanOutput, VisionSlice
+from server.engine.encodings import EncoderCache, Encoding
+from server.engine.prefix import PrefixKeys
+from server.engine.sequence import (
+    Batch,
+    Medium,
+    Sequence,
+    Span,
+    SpanOutput,
+    StepBudget,
+    VisionSlice,
+)
+
+SHARE_OF_THE_ELDEST = 4
+"""One part in so many of what prompts may take is the eldest's, so that it is never starved."""
+
+
+class WaitingLine:
+    """First come, first served within a tenant; tenants take turns."""
+
+    def __init__(self) -> None:
+        self._by_tenant: OrderedDict[str, OrderedDict[str, Sequence]] = OrderedDict()
+        self._num_waiting = 0
+
+    def __len__(self) -> int:
+        return self._num_waiting
+
+    def __iter__(self) -> Iterator[Sequence]:
+        for line in self._by_tenant.values():
+            yield from line.values()
+
+    def append(self, sequence: Sequence) -> None:
+        self._line_of(sequence)[sequence.request_id] = sequence
+        self._num_waiting += 1
+
+    def put_back(self, sequence: Sequence) -> None:
+        """Before everybody else: it has been here before."""
+        line = self._line_of(sequence)
+        line[sequence.request_id] = sequence
+        line.move_to_end(sequence.request_id, last=False)
+        self._by_tenant.move_to_end(sequence.request.tenant, last=False)
+        self._num_waiting += 1
+
+    def first(self) -> Sequence:
+        return next(iter(self))
+
+    def take(self) -> Sequence:
+        """The first; after it another tenant has its turn."""
+        sequence = self.first()
+        self.remove(sequence)
+        if sequence.request.tenant in self._by_tenant:
+            self._by_tenant.move_to_end(sequence.request.tenant)
+        return sequence
+
+    def remove(self, sequence: Sequence) -> None:
+        line = self._by_tenant[sequence.request.tenant]
+        del line[sequence.request_id]
+        if not line:
+            del self._by_tenant[sequence.request.tenant]
+        self._num_waiting -= 1
+
+    def _line_of(self, sequence: Sequence) -> OrderedDict[str, Sequence]:
+        return self._by_tenant.setdefault(sequence.request.tenant, OrderedDict())
+
+
+@dataclass(slots=True)
+class _Plan:
+    """A step in the making. `encodings` are those that one of its slices goes on with."""
+
+    spans: list[Span] = field(default_factory=list)
+    vision: list[VisionSlice] = field(default_factory=list)
+    encodings: set[Encoding] = field(default_factory=set)
 
 
 class Scheduler:
@@ -25,21 +99,27 @@ class Scheduler:
     def __init__(
         self,
         pool: BlockPool,
+        encoder_cache: EncoderCache,
         *,
-        max_tokens_per_step: int,
-        max_tiles_per_step: int,
-        max_running: int = 1,
+        budget: StepBudget,
+        max_running: int,
+        secret: bytes | None = None,
     ) -> None:
+        """`secret` keeps the keys of cached prefixes from being foreseen; drawn if not given."""
         self.pool = pool
-        self._max_tokens_per_step = max_tokens_per_step
-        self._max_tiles_per_step = max_tiles_per_step
+        self.encoder_cache = encoder_cache
+        self._budget = budget
         self._max_running = max_running
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
+        self._prefix_keys = PrefixKeys(
+            block_size=pool.block_size, secret=secret or secrets.token_bytes(32)
+        )
+        self._sequences: dict[str, Sequence] = {}
+        self._waiting = WaitingLine()
+        self._running: list[Sequence] = []  # in the order they joined
 
     @property
     def idle(self) -> bool:
-        return not self._waiting and not self._running
+        return not self._sequences
 
     @property
     def num_waiting(self) -> int:
@@ -50,9 +130,12 @@ class Scheduler:
         return len(self._running)
 
     def add(self, sequence: Sequence) -> None:
-        """Last in the queue. What could never fit must have been refused before."""
+        """Last in the line of its tenant. What could never fit must have been refused before."""
         if self.pool.blocks_for(sequence.max_tokens) > self.pool.num_blocks:
             raise ValueError("the sequence is longer than the whole cache")
+        if sequence.request_id in self._sequences:
+            raise ValueError("two sequences have the same id")
+        self._sequences[sequence.request_id] = sequence
         self._waiting.append(sequence)
 
     def abort(self, request_id: str) -> list[TokenEvent]:
@@ -65,67 +148,165 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """The next step, or None when there is nothing to do."""
-        joined = self._join()
-        spans: list[Span] = []
-        vision: list[VisionSlice] = []
-        tokens_left = self._max_tokens_per_step
-        tiles_left = self._max_tiles_per_step
+        joined = self._join() if self._make_room() else []
+        plan = _Plan()
+        prompts: list[Sequence] = []
         for sequence in self._running:
-            stop = min(len(sequence), sequence.num_computed + tokens_left)
-            for medium in sequence.media:
-                if medium.is_encoded or medium.start >= stop:
-                    continue
-                first = medium.num_tiles_encoded
-                last = min(medium.num_tiles, first + tiles_left)
-                if last > first:
-                    vision.append(VisionSlice(sequence, medium, first, last))
-                    tiles_left -= last - first
-                if last < medium.num_tiles:
-                    stop = medium.start  # the rest, and so its embeds, come in a later step
-                    break
-            if stop > sequence.num_computed:
-                spans.append(Span(sequence, sequence.num_computed, stop))
-                tokens_left -= len(spans[-1])
-        return Batch(spans, vision, joined) if spans or vision else None
+            if sequence.num_to_compute == 1:
+                self._advance(sequence, 1, plan)
+            else:
+                prompts.append(sequence)
+        self._advance_prompts(prompts, plan)
+        if not plan.spans and not plan.vision:
+            return None
+        return Batch(plan.spans, plan.vision, joined)
 
     def commit(self, batch: Batch, outputs: AbstractSequence[SpanOutput]) -> list[TokenEvent]:
         """Takes in what the step made, an output for each span; returns what there is to tell."""
         for piece in batch.vision:
-            piece.medium.num_tiles_encoded = piece.stop
+            piece.encoding.num_tiles_encoded = piece.stop
         events: list[TokenEvent] = []
         for span, output in zip(batch.spans, outputs, strict=True):
             sequence = span.sequence
-            sequence.num_computed = span.stop
             if output.error_code is not None:
                 events += self.fail(sequence.request_id, error_code=output.error_code)
-            elif output.token_id is not None:
+                continue
+            self._mark_computed(sequence, span.stop)
+            if output.token_id is not None:
                 events.append(self._append(sequence, output.token_id))
         return events
 
     def check(self) -> None:
         """Raises where an invariant is broken; cheap enough for every idle moment."""
-        self.pool.check(sequence.block_table for sequence in [*self._waiting, *self._running])
-        if any(sequence.status != "waiting" or sequence.block_table for sequence in self._waiting):
+        everybody = list(self._sequences.values())
+        self.pool.check(sequence.block_table for sequence in everybody)
+        self.encoder_cache.check(
+            medium.encoding
+            for sequence in everybody
+            for medium in sequence.media
+            if medium.encoding is not None
+        )
+        if any(
+            sequence.status != "waiting" or sequence.block_table or sequence.num_computed
+            for sequence in self._waiting
+        ):
             raise RuntimeError("a waiting sequence is not waiting, or holds blocks")
         if any(sequence.status != "running" for sequence in self._running):
             raise RuntimeError("a sequence in the running set is not running")
         if len(self._running) > self._max_running:
             raise RuntimeError("more sequences run than may")
+        known = {sequence.request_id for sequence in [*self._waiting, *self._running]}
+        if known != self._sequences.keys() or len(known) != self.num_waiting + self.num_running:
+            raise RuntimeError("a sequence is in neither set, or in both")
+
+    def _make_room(self) -> bool:
+        """A block for the next position of everybody who runs; False where somebody had to go."""
+        num_running = len(self._running)
+        for sequence in list(self._running):
+            if sequence.status != "running":
+                continue  # it went a moment ago, for one that joined before it
+            missing = self.pool.blocks_for(len(sequence)) - len(sequence.block_table)
+            while missing > self.pool.num_free and sequence.status == "running":
+                self._preempt(self._running[-1])
+            if sequence.status == "running":
+                sequence.block_table += self.pool.allocate(missing)
+        return len(self._running) == num_running
 
     def _join(self) -> list[Sequence]:
         joined: list[Sequence] = []
         while self._waiting and len(self._running) < self._max_running:
-            needed = self.pool.blocks_for(self._waiting[0].max_tokens)
-            if needed > self.pool.num_free:
+            sequence = self._waiting.first()
+            if not self._take_room(sequence):
                 break  # the first waits for room; nobody overtakes it
-            sequence = self._waiting.popleft()
+            self._waiting.take()
             sequence.status = "running"
-            sequence.block_table = self.pool.allocate(needed)
             self._running.append(sequence)
             joined.append(sequence)
         return joined
 
+    def _take_room(self, sequence: Sequence) -> bool:
+        """Blocks for all that is known of it, those of a known prefix among them, and encodings."""
+        # The last position is always computed: the next token follows from it.
+        self._prefix_keys.extend(sequence, stop=len(sequence) - 1)
+        shared = self.pool.find(sequence.block_keys)
+        num_shared = len(shared) * self.pool.block_size
+        media = [medium for medium in sequence.media if medium.stop > num_shared]
+        tenant = sequence.request.tenant
+        self.pool.share(shared)
+        missing = self.pool.blocks_for(len(sequence)) - len(shared)
+        # Everybody who runs will soon want another block.
+        is_enough = missing + len(self._running) <= self.pool.num_free or not self._running
+        if not is_enough or not self.encoder_cache.has_room(
+            tenant, [medium.vision for medium in media]
+        ):
+            self.pool.free(shared)
+            return False
+        sequence.block_table = shared + self.pool.allocate(missing)
+        sequence.num_computed = num_shared
+        if not sequence.num_generated:
+            sequence.num_cached = num_shared
+        for medium in media:
+            medium.encoding = self.encoder_cache.acquire(tenant, medium.vision)
+        return True
+
+    def _advance_prompts(self, prompts: list[Sequence], plan: _Plan) -> None:
+        left = max(1, self._budget.max_tokens - len(plan.spans))
+        if plan.spans:
+            left = min(left, self._budget.max_tokens_beside_answers)
+        reserved = left // SHARE_OF_THE_ELDEST
+        for sequence in sorted(prompts, key=lambda sequence: sequence.num_to_compute):
+            is_eldest = sequence is prompts[0]
+            if is_eldest:
+                reserved = 0
+            if left > reserved:
+                left -= self._advance(sequence, left - reserved, plan, may_exceed=is_eldest)
+
+    def _advance(
+        self, sequence: Sequence, allowance: int, plan: _Plan, *, may_exceed: bool = False
+    ) -> int:
+        """Adds what this sequence computes for at most `allowance` tokens; returns what it costs.
+
+        Its positions go as far as the allowance and the encoded media before them reach. A tile
+        that is dearer than any allowance is encoded where that `may_exceed`.
+        """
+        spent = 0
+        stop = len(sequence)
+        for medium in sequence.media:
+            encoding = medium.encoding
+            if encoding is None or encoding.is_complete:
+                continue
+            if medium.start >= min(stop, sequence.num_computed + allowance - spent):
+                break
+            if encoding not in plan.encodings:  # else another sequence encodes it in this step
+                first, price = encoding.num_tiles_encoded, self._budget.tokens_per_tile
+                count = max((allowance - spent) // price, int(may_exceed and not spent))
+                last = min(encoding.num_tiles, first + count)
+                if last > first:
+                    plan.vision.append(VisionSlice(sequence, encoding, medium, first, last))
+                    plan.encodings.add(encoding)
+                    spent += (last - first) * price
+                if last == encoding.num_tiles:
+                    continue
+            stop = medium.start  # the rest, and so its embeds, come in a later step
+            break
+        stop = min(stop, sequence.num_computed + max(0, allowance - spent))
+        if stop > sequence.num_computed:
+            plan.spans.append(Span(sequence, sequence.num_computed, stop))
+            spent += stop - sequence.num_computed
+        return spent
+
+    def _mark_computed(self, sequence: Sequence, stop: int) -> None:
+        size = self.pool.block_size
+        self._prefix_keys.extend(sequence, stop=stop)
+        for index in range(sequence.num_computed // size, stop // size):
+            self.pool.name(sequence.block_table[index], sequence.block_keys[index])
+        sequence.num_computed = stop
+        for medium in sequence.media:
+            if medium.stop <= stop:
+                self._release_encoding(medium)
+
     def _append(self, sequence: Sequence, token_id: int) -> TokenEvent:
+        is_first = not sequence.num_generated
         sequence.token_ids.append(token_id)
         sampling = sequence.request.sampling
         reason: FinishReason | None = None
@@ -135,23 +316,47 @@ class Scheduler:
             reason = "length"
         if reason is not None:
             self._release(sequence)
-        return TokenEvent(sequence.request_id, token_id, reason)
+        return TokenEvent(
+            sequence.request_id,
+            token_id,
+            reason,
+            num_cached_tokens=sequence.num_cached if is_first else 0,
+        )
 
     def _end(
         self, request_id: str, reason: FinishReason, *, error_code: str | None = None
     ) -> list[TokenEvent]:
-        for sequence in [*self._running, *self._waiting]:
-            if sequence.request_id == request_id:
-                self._release(sequence)
-                return [TokenEvent(request_id, None, reason, error_code)]
-        return []
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return []
+        self._release(sequence)
+        return [TokenEvent(request_id, None, reason, error_code)]
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the head of the line, with nothing computed but its tokens kept."""
+        self._running.remove(sequence)
+        self._free(sequence)
+        sequence.status = "waiting"
+        sequence.num_computed = 0
+        self._waiting.put_back(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         if sequence.status == "running":
             self._running.remove(sequence)
         else:
             self._waiting.remove(sequence)
-        self.pool.free(sequence.block_table)
-        sequence.block_table = []
+        self._free(sequence)
+        del self._sequences[sequence.request_id]
         sequence.media = []
         sequence.status = "finished"
+
+    def _free(self, sequence: Sequence) -> None:
+        self.pool.free(sequence.block_table)
+        sequence.block_table = []
+        for medium in sequence.media:
+            self._release_encoding(medium)
+
+    def _release_encoding(self, medium: Medium) -> None:
+        if medium.encoding is not None:
+            self.encoder_cache.release(medium.encoding)
+            medium.encoding = None

@@ -7,42 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from server.core import GenerationRequest, Tiles, VisionInput
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from server.engine.encodings import Encoding
 
 SequenceStatus = Literal["waiting", "running", "finished"]
 
 
 @dataclass(slots=True, eq=False)
 class Medium:
-    """One picture or video of a sequence and how far it has been encoded.
+    """One picture or video of a sequence. Its placeholders are the positions [start, stop).
 
-    Its placeholders are the positions [start, stop). `features[i]` is what the model made of tile
-    i, `embeds` what all of them make together; only the runner looks inside.
+    `encoding` is held from when the sequence joins until those positions are computed.
     """
 
     vision: VisionInput
     start: int
     tiles: Tiles
-    num_tiles_encoded: int = 0
-    features: dict[int, Tensor] = field(default_factory=dict)
-    embeds: Tensor | None = None
+    encoding: Encoding | None = None
 
     @property
     def stop(self) -> int:
         return self.start + self.vision.num_tokens
-
-    @property
-    def num_tiles(self) -> int:
-        return len(self.vision.layout.tile_queries)
-
-    @property
-    def is_encoded(self) -> bool:
-        return self.num_tiles_encoded == self.num_tiles
 
 
 @dataclass(slots=True, eq=False)
@@ -60,7 +47,11 @@ class Sequence:
     media: list[Medium]
     status: SequenceStatus = "waiting"
     num_computed: int = 0
+    num_cached: int = 0
+    """Of the prompt: how much of it was in the cache when the sequence first joined."""
     block_table: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)
+    """Of its full blocks from the first on, as far as they have been made."""
 
     @classmethod
     def from_request(cls, request: GenerationRequest, tiles: list[Tiles]) -> Sequence:
@@ -82,6 +73,10 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.token_ids) - len(self.request.prompt_ids)
+
+    @property
+    def num_to_compute(self) -> int:
+        return len(self.token_ids) - self.num_computed
 
     @property
     def max_tokens(self) -> int:
@@ -110,10 +105,24 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class StepBudget:
+    """What one step may hold, all of it priced in tokens of a prompt.
+
+    `max_tokens_beside_answers` is the limit for prompts and tiles in a step that running answers
+    wait for. A step that could hold nothing else may hold one tile, whatever a tile costs.
+    """
+
+    max_tokens: int
+    tokens_per_tile: int
+    max_tokens_beside_answers: int
+
+
+@dataclass(frozen=True, slots=True)
 class VisionSlice:
-    """The tiles [start, stop) of a medium, encoded in one step, before its spans."""
+    """The tiles [start, stop) of a sequence's medium, encoded in one step, before its spans."""
 
     sequence: Sequence
+    encoding: Encoding
     medium: Medium
     start: int
     stop: int
@@ -126,7 +135,8 @@ class VisionSlice:
 class Batch:
     """What one step computes: first the vision slices, then the spans, one a sequence at most.
 
-    `joined` are the sequences that were waiting until now.
+    `joined` are the sequences that were waiting until now. A span never needs what another
+    sequence's slice makes in the same step, so that each sequence can be computed alone.
     """
 
     spans: list[Span]

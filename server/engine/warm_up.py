@@ -6,7 +6,9 @@ video, and so that a silence says something. It knows no requests but its own.
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,15 +22,18 @@ from server.core import (
     VisionSpec,
 )
 from server.engine.blocks import BlockPool
+from server.engine.encodings import EncoderCache
 from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence
+from server.engine.sequence import Sequence as EngineSequence
+from server.engine.sequence import StepBudget
 from server.engine.worker import StepRunner
 from server.errors import CheckpointError
 
 TARGET_STEP_S = 1.0
 MIN_TOKENS_PER_STEP = 16
 MAX_TOKENS_PER_STEP = 2048
-MAX_TILES_PER_STEP = 16
+MIN_TOKENS_BESIDE_ANSWERS = 64
+"""Fewer rows than this cost nearly as much as these: the weights are read for them all."""
 
 FIRST_PROBE_TOKENS = 32
 PROBE_GROWTH = 4
@@ -37,71 +42,89 @@ LONG_ENOUGH_S = TARGET_STEP_S / 8
 
 
 @dataclass(frozen=True, slots=True)
-class StepBudget:
-    """What a step may hold, and the longest step (seconds) that was seen while finding it."""
+class WarmUp:
+    """The budget that was found, and the longest step (seconds) that was seen while finding it."""
 
-    max_tokens: int
-    max_tiles: int
+    budget: StepBudget
     slowest_s: float
 
 
 def warm_up(
     runner: StepRunner, pool: BlockPool, *, vision: VisionSpec | None, max_tokens: int | None
-) -> StepBudget:
+) -> WarmUp:
     """Generates, encodes and measures; CheckpointError where no usable logits come out.
 
     `max_tokens` is the explicit setting, which is taken as it is; None finds it. Where even the
     least step takes longer than the target, the least is what there is.
     """
-    slowest_s = _longest_step_s(runner, pool, _request((0,), max_tokens=2), [])
+    probe = _Probe(runner, pool)
+    probe.run(_request((0,), max_tokens=2))  # the first steps of all: what is set up is set up here
+    answer_s = min(probe.run(_request((0,), max_tokens=3))[1:])
+    num_tokens, prompt_s = _long_enough_prompt(probe, pool)
+    # What one more token costs: a step of one token has read all weights already.
+    token_s = max(prompt_s - answer_s, prompt_s / 10) / num_tokens
     if max_tokens is None:
-        max_tokens, prefill_s = _measured_tokens(runner, pool)
-        slowest_s = max(slowest_s, prefill_s)
-    max_tiles = 1
-    if vision is not None:
-        picture = VisionInput("image", VisionLayout((vision.image_queries,)), digest="")
-        ids = (vision.image_token_id,) * picture.num_tokens
-        side = vision.tile_size
-        tiles = np.zeros((1, side, side, 3), np.uint8)
-        request = _request(ids, max_tokens=1, vision=(picture,))
-        tile_s = _longest_step_s(runner, pool, request, [tiles])
-        max_tiles = max(1, min(MAX_TILES_PER_STEP, int(TARGET_STEP_S / tile_s)))
-        slowest_s = max(slowest_s, tile_s)
-    return StepBudget(max_tokens, max_tiles, slowest_s)
+        fitting = int((TARGET_STEP_S - answer_s) / token_s)
+        max_tokens = max(MIN_TOKENS_PER_STEP, min(MAX_TOKENS_PER_STEP, fitting))
+    tile_s = _tile_s(probe, vision) if vision is not None else 0.0
+    budget = StepBudget(
+        max_tokens=max_tokens,
+        tokens_per_tile=max(1, math.ceil(tile_s / token_s)),
+        max_tokens_beside_answers=max(
+            1, min(max_tokens, max(MIN_TOKENS_BESIDE_ANSWERS, int(answer_s / token_s)))
+        ),
+    )
+    return WarmUp(budget, probe.slowest_s)
 
 
-def _measured_tokens(runner: StepRunner, pool: BlockPool) -> tuple[int, float]:
-    """The tokens that fit the target, by growing a prompt until its step is long enough to tell."""
+def _long_enough_prompt(probe: _Probe, pool: BlockPool) -> tuple[int, float]:
+    """A prompt's tokens and seconds, grown until its step is long enough to tell."""
     most = min(MAX_TOKENS_PER_STEP, pool.num_tokens - 1)
     num_tokens = min(FIRST_PROBE_TOKENS, most)
     while True:
-        request = _request((0,) * num_tokens, max_tokens=1)
-        step_s = _longest_step_s(runner, pool, request, [])
+        step_s = max(probe.run(_request((0,) * num_tokens, max_tokens=1)))
         if step_s >= LONG_ENOUGH_S or num_tokens * PROBE_GROWTH > most:
-            break
+            return num_tokens, step_s
         num_tokens *= PROBE_GROWTH
-    fitting = int(num_tokens * TARGET_STEP_S / step_s)
-    return max(MIN_TOKENS_PER_STEP, min(MAX_TOKENS_PER_STEP, fitting)), step_s
 
 
-def _longest_step_s(
-    runner: StepRunner, pool: BlockPool, request: GenerationRequest, tiles: list[Tiles]
-) -> float:
-    """Runs the request to its end, each prompt in one step."""
-    scheduler = Scheduler(
-        pool, max_tokens_per_step=MAX_TOKENS_PER_STEP, max_tiles_per_step=MAX_TILES_PER_STEP
-    )
-    scheduler.add(Sequence.from_request(request, tiles))
-    longest_s = 0.0
-    while batch := scheduler.schedule():
-        started_s = time.monotonic()
-        outputs = runner.run(batch)
-        longest_s = max(longest_s, time.monotonic() - started_s)
-        for event in scheduler.commit(batch, outputs):
-            if event.finish_reason == "error":
-                raise CheckpointError("the model gave no usable logits in its self-test")
-    scheduler.check()
-    return longest_s
+def _tile_s(probe: _Probe, vision: VisionSpec) -> float:
+    """Seconds for one tile, the few positions of its features included."""
+    picture = VisionInput("image", VisionLayout((vision.image_queries,)), digest="")
+    ids = (vision.image_token_id,) * picture.num_tokens
+    tiles = np.zeros((1, vision.tile_size, vision.tile_size, 3), np.uint8)
+    request = _request(ids, max_tokens=1, vision=(picture,))
+    return min(max(probe.run(request, [tiles])) for _ in range(2))
+
+
+class _Probe:
+    """Runs requests of its own, one at a time, each prompt in one step."""
+
+    def __init__(self, runner: StepRunner, pool: BlockPool) -> None:
+        self.slowest_s = 0.0
+        self._runner = runner
+        self._pool = pool
+
+    def run(self, request: GenerationRequest, tiles: Sequence[Tiles] = ()) -> list[float]:
+        """The seconds of each of its steps."""
+        scheduler = Scheduler(
+            self._pool,
+            EncoderCache(max_bytes=0, bytes_per_token=1),
+            budget=StepBudget(MAX_TOKENS_PER_STEP, 1, MAX_TOKENS_PER_STEP),
+            max_running=1,
+        )
+        scheduler.add(EngineSequence.from_request(request, list(tiles)))
+        steps_s: list[float] = []
+        while batch := scheduler.schedule():
+            started_s = time.monotonic()
+            outputs = self._runner.run(batch)
+            steps_s.append(time.monotonic() - started_s)
+            for event in scheduler.commit(batch, outputs):
+                if event.finish_reason == "error":
+                    raise CheckpointError("the model gave no usable logits in its self-test")
+        scheduler.check()
+        self.slowest_s = max(self.slowest_s, *steps_s)
+        return steps_s
 
 
 def _request(

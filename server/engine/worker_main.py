@@ -21,6 +21,7 @@ from server.attention.backend import choose_backend
 from server.core import VisionSpec
 from server.engine.blocks import BlockPool
 from server.engine.channel import SocketChannel
+from server.engine.encodings import EncoderCache
 from server.engine.facts import EngineFacts
 from server.engine.messages import LoadFailed, Loading, Ready, Start
 from server.engine.runner import Runner, choose_cache_bytes
@@ -31,8 +32,7 @@ from server.errors import CheckpointError, ConfigError
 from server.model.checkpoint import load_model
 from server.model.config import CheckpointInfo, read_checkpoint
 from server.model.layers import has_half_units
-
-MAX_RUNNING = 1
+from server.model.tensors import DTYPE_BYTES
 
 _PR_SET_PDEATHSIG = 1
 
@@ -105,13 +105,23 @@ def _load(channel: SocketChannel, wrap: Callable[[Runner], StepRunner]) -> Worke
             placeholder_ids=_placeholder_ids(vision),
         )
     )
+    # The same blocks, but what the warm-up leaves in them is nothing anybody could share.
+    measured = warm_up(
+        runner,
+        BlockPool(num_blocks=num_blocks, block_size=block_size),
+        vision=vision,
+        max_tokens=start.max_tokens_per_step,
+    )
+    budget = measured.budget
     pool = BlockPool(num_blocks=num_blocks, block_size=block_size)
-    budget = warm_up(runner, pool, vision=vision, max_tokens=start.max_tokens_per_step)
     scheduler = Scheduler(
         pool,
-        max_tokens_per_step=budget.max_tokens,
-        max_tiles_per_step=budget.max_tiles,
-        max_running=MAX_RUNNING,
+        EncoderCache(
+            max_bytes=start.encoder_cache_bytes,
+            bytes_per_token=info.text.hidden_size * DTYPE_BYTES[dtype],
+        ),
+        budget=budget,
+        max_running=start.max_requests_running,
     )
     facts = EngineFacts(
         logits_width=info.text.logits_rows,
@@ -124,8 +134,9 @@ def _load(channel: SocketChannel, wrap: Callable[[Runner], StepRunner]) -> Worke
         dtype=dtype,
         attention=type(backend).__name__,
         max_tokens_per_step=budget.max_tokens,
-        max_tiles_per_step=budget.max_tiles,
-        slowest_step_s=round(budget.slowest_s, 3),
+        max_tokens_beside_answers=budget.max_tokens_beside_answers,
+        tokens_per_tile=budget.tokens_per_tile,
+        slowest_step_s=round(measured.slowest_s, 3),
         load_s=round(time.monotonic() - started_s, 3),
     )
     channel.send(Ready(facts))

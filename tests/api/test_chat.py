@@ -56,7 +56,12 @@ def test_a_whole_answer(server: Server) -> None:
             "prompt_tokens": 6,
             "completion_tokens": 6,
             "total_tokens": 12,
-            "prompt_tokens_details": {"text_tokens": 6, "image_tokens": 0, "video_tokens": 0},
+            "prompt_tokens_details": {
+                "cached_tokens": 0,
+                "text_tokens": 6,
+                "image_tokens": 0,
+                "video_tokens": 0,
+            },
         },
     }
 

@@ -33,7 +33,7 @@ async def frames_of(*deltas: Delta, include_usage: bool = False) -> list[bytes]:
 
 
 async def test_usage_adds_up_what_every_delta_counts() -> None:
-    deltas = (Delta("a", None, 3), Delta("b", None, 1), Delta("", "stop", 2))
+    deltas = (Delta("a", None, 3, 128), Delta("b", None, 1), Delta("", "stop", 2))
     frames = await frames_of(*deltas, include_usage=True)
 
     async def begin() -> Answer:
@@ -44,7 +44,12 @@ async def test_usage_adds_up_what_every_delta_counts() -> None:
         "prompt_tokens": 174,
         "completion_tokens": 6,
         "total_tokens": 180,
-        "prompt_tokens_details": {"text_tokens": 3, "image_tokens": 81, "video_tokens": 90},
+        "prompt_tokens_details": {
+            "cached_tokens": 128,
+            "text_tokens": 3,
+            "image_tokens": 81,
+            "video_tokens": 90,
+        },
     }
     assert completion["usage"] == usage
     assert frames[-1] == DONE

@@ -40,7 +40,9 @@ def loading() -> list[tuple[int, int]]:
 async def client(
     tiny_info: CheckpointInfo, loading: list[tuple[int, int]]
 ) -> AsyncIterator[EngineClient]:
-    engine = EngineConfig(num_threads=1, block_size=4, max_requests_waiting=3)
+    engine = EngineConfig(
+        num_threads=1, block_size=4, max_requests_waiting=3, max_requests_running=1
+    )
     client = EngineClient(
         tiny_info.path,
         vision=tiny_info.vision,
@@ -97,7 +99,7 @@ async def test_facts_are_those_of_the_checkpoint(client: EngineClient) -> None:
     facts = client.facts
     assert client.status == "ready" and facts is not None
     assert (facts.logits_width, facts.max_request_tokens, facts.block_size) == (272, 512, 4)
-    assert facts.kv_tokens == 512
+    assert facts.kv_tokens == 16 * 512
     assert facts.device == "cpu" and facts.dtype == "float32"
 
 

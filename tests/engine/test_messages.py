@@ -32,6 +32,8 @@ START = Start(
     num_threads=2,
     block_size=64,
     kv_cache_bytes=1 << 40,
+    encoder_cache_bytes=1 << 28,
+    max_requests_running=256,
     max_tokens_per_step=512,
 )
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from server.attention.backend import choose_backend
 from server.core import GenerationRequest, VisionInput, VisionLayout
 from server.engine.blocks import BlockPool
+from server.engine.encodings import EncoderCache
 from server.engine.runner import Runner, choose_cache_bytes
 from server.engine.scheduler import Scheduler
-from server.engine.sequence import Batch, Sequence, Span
+from server.engine.sequence import Batch, Sequence, Span, StepBudget
 from server.model.checkpoint import load_model
 from server.model.config import CheckpointInfo
 from server.model.vlm import VisionLanguageModel
@@ -33,6 +34,17 @@ OTHER_PICTURE = replace(PICTURE, digest="c" * 64)
 VIDEO = VisionInput("video", VisionLayout((16, *[4] * 8, 16, 4, 4)), "b" * 64)
 
 Answer = Callable[..., dict[str, list[int]]]
+
+
+def make_scheduler(
+    *, chunk: int = 10_000, tile_price: int = 1, max_running: int = 1, num_blocks: int = 256
+) -> Scheduler:
+    return Scheduler(
+        BlockPool(num_blocks=num_blocks, block_size=BLOCK_SIZE),
+        EncoderCache(max_bytes=1 << 20, bytes_per_token=1),
+        budget=StepBudget(chunk, tile_price, chunk),
+        max_running=max_running,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +92,14 @@ def make_runner(model: VisionLanguageModel, tiny_info: CheckpointInfo) -> Callab
 @pytest.fixture
 def answer(make_runner: Callable[[], Runner]) -> Answer:
     def run(
-        *requests: GenerationRequest, chunk: int = 10_000, tiles: int = 100, max_running: int = 1
+        *requests: GenerationRequest,
+        chunk: int = 10_000,
+        tile_price: int = 1,
+        max_running: int = 1,
+        num_blocks: int = 256,
     ) -> dict[str, list[int]]:
-        scheduler = Scheduler(
-            BlockPool(num_blocks=256, block_size=BLOCK_SIZE),
-            max_tokens_per_step=chunk,
-            max_tiles_per_step=tiles,
-            max_running=max_running,
+        scheduler = make_scheduler(
+            chunk=chunk, tile_price=tile_price, max_running=max_running, num_blocks=num_blocks
         )
         runner = make_runner()
         for request in requests:
@@ -127,13 +140,13 @@ def requests(tiny_info: CheckpointInfo) -> list[GenerationRequest]:
     ]
 
 
-@pytest.mark.parametrize(("chunk", "tiles"), [(1, 1), (3, 2), (8, 4), (10_000, 5)])
+@pytest.mark.parametrize(("chunk", "tile_price"), [(1, 1), (3, 2), (8, 2), (10_000, 2000)], ids=str)
 def test_chunking_never_changes_tokens(
-    answer: Answer, requests: list[GenerationRequest], chunk: int, tiles: int
+    answer: Answer, requests: list[GenerationRequest], chunk: int, tile_price: int
 ) -> None:
     whole = answer(*requests)
     assert len({tuple(ids) for ids in whole.values()}) > len(requests) // 2  # worth comparing
-    assert answer(*requests, chunk=chunk, tiles=tiles) == whole
+    assert answer(*requests, chunk=chunk, tile_price=tile_price) == whole
 
 
 @pytest.mark.parametrize(("chunk", "max_running"), [(10_000, 8), (10, 3)])
@@ -142,6 +155,22 @@ def test_neighbours_never_change_tokens(
 ) -> None:
     together = answer(*requests, chunk=chunk, max_running=max_running)
     assert together == answer(*requests)
+
+
+def test_preemption_never_changes_tokens(answer: Answer, requests: list[GenerationRequest]) -> None:
+    """Room for the longest alone, so that all of them together often have to go back."""
+    longest = max(len(request.prompt_ids) + 8 for request in requests)
+    together = answer(*requests, max_running=8, num_blocks=-(-longest // BLOCK_SIZE) + 2)
+    assert together == answer(*requests)
+
+
+def test_a_warm_cache_never_changes_tokens(
+    answer: Answer, requests: list[GenerationRequest]
+) -> None:
+    again = [replace(request, request_id=f"{request.request_id} again") for request in requests]
+    answers = answer(*requests, *again)
+    for request in requests:
+        assert answers[request.request_id] == answers[f"{request.request_id} again"]
 
 
 def test_another_picture_gives_another_answer(
@@ -165,11 +194,7 @@ def test_running_a_step_again_gives_the_same(
     make_runner: Callable[[], Runner], requests: list[GenerationRequest]
 ) -> None:
     runner = make_runner()
-    scheduler = Scheduler(
-        BlockPool(num_blocks=256, block_size=BLOCK_SIZE),
-        max_tokens_per_step=20,
-        max_tiles_per_step=5,
-    )
+    scheduler = make_scheduler(chunk=20, tile_price=4)
     request = requests[-1]
     scheduler.add(Sequence.from_request(request, make_tiles(request, side=SIDE)))
     while batch := scheduler.schedule():
@@ -199,7 +224,11 @@ def test_nan_logits_end_their_request_alone(
     assert good.token_id is not None and good.error_code is None
 
 
-def test_the_cache_on_a_cpu_holds_one_context() -> None:
+def test_the_cache_on_a_cpu_holds_a_few_contexts() -> None:
     size = choose_cache_bytes("cpu", configured=None, bytes_per_token=100, context_length=64)
-    assert size == 6400
+    assert size == 16 * 6400
+    more_than_there_is = choose_cache_bytes(
+        "cpu", configured=None, bytes_per_token=1 << 30, context_length=1 << 20
+    )
+    assert more_than_there_is == 1 << 50  # one context, whatever it takes
     assert choose_cache_bytes("cpu", configured=7, bytes_per_token=1, context_length=1) == 7

@@ -85,7 +85,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 async def test_a_killed_process_ends_what_it_answered_and_nothing_that_waited(
     tiny_checkpoint: Path,
 ) -> None:
-    async with started(make_client(tiny_checkpoint)) as client:
+    async with started(make_client(tiny_checkpoint, max_requests_running=1)) as client:
         expected = await collect(await client.submit(make_request("1", max_tokens=5), []))
         running = await client.submit(make_request("0", prompt=(SLOW,), max_tokens=400), [])
         waiting = [await client.submit(make_request(n, max_tokens=5), []) for n in "12"]
@@ -105,12 +105,20 @@ async def test_a_killed_process_ends_what_it_answered_and_nothing_that_waited(
         assert client.worker_pid != first_pid
 
 
-async def test_what_meets_two_crashes_ends_and_the_next_is_answered(tiny_checkpoint: Path) -> None:
+async def test_what_meets_two_crashes_ends_and_its_neighbours_are_answered(
+    tiny_checkpoint: Path,
+) -> None:
+    """All are in the step that ends the process: nobody but the guilty one may pay for it."""
     async with started(make_client(tiny_checkpoint)) as client:
-        deadly = await client.submit(make_request("deadly", prompt=(KILL,)), [])
-        harmless = await client.submit(make_request("harmless", max_tokens=2), [])
-        assert await collect(deadly) == [TokenEvent("deadly", None, "error", "internal_error")]
-        assert len(await collect(harmless)) == 2
+        names = ("before", "deadly", "after", "last")
+        prompts = {name: (KILL,) if name == "deadly" else (1, 2, 3) for name in names}
+        streams = {
+            name: await client.submit(make_request(name, prompt=prompts[name], max_tokens=2), [])
+            for name in names
+        }
+        ends = {name: await collect(stream) for name, stream in streams.items()}
+    assert ends.pop("deadly") == [TokenEvent("deadly", None, "error", "internal_error")]
+    assert [len(events) for events in ends.values()] == [2, 2, 2]
 
 
 async def test_a_hanging_process_is_replaced(tiny_checkpoint: Path) -> None:
@@ -138,7 +146,8 @@ async def test_it_is_given_up_after_five_crashes(tiny_checkpoint: Path) -> None:
     policy = RestartPolicy(max_delay_s=1.0, clock=lambda: 0.0)
     for _ in range(4):
         assert policy.delay_after_crash() is not None
-    async with started(make_client(tiny_checkpoint, restart_policy=policy)) as client:
+    client = make_client(tiny_checkpoint, restart_policy=policy, max_requests_running=1)
+    async with started(client):
         deadly = await client.submit(
             make_request("deadly", prompt=(KILL_AFTER_FIRST_TOKEN,), max_tokens=9), []
         )

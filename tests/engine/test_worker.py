@@ -8,6 +8,7 @@ import pytest
 
 from server.core import Tiles, TokenEvent
 from server.engine.blocks import BlockPool
+from server.engine.encodings import EncoderCache
 from server.engine.messages import (
     Abort,
     FromEngine,
@@ -18,7 +19,7 @@ from server.engine.messages import (
     ToEngine,
 )
 from server.engine.scheduler import Scheduler
-from server.engine.sequence import Batch, DeviceError, SpanOutput
+from server.engine.sequence import Batch, DeviceError, SpanOutput, StepBudget
 from server.engine.worker import Worker
 from tests.engine.samples import FACTS, PICTURE, SPEC, make_request, make_tiles
 
@@ -67,8 +68,8 @@ def run(
     channel = ScriptedChannel(script)
     scheduler = Scheduler(
         BlockPool(num_blocks=64, block_size=4),
-        max_tokens_per_step=100,
-        max_tiles_per_step=100,
+        EncoderCache(max_bytes=1000, bytes_per_token=1),
+        budget=StepBudget(100, 1, 100),
         max_running=max_running,
     )
     worker = Worker(channel, scheduler, runner or ScriptedRunner(), facts=FACTS, vision=SPEC)

@@ -1,0 +1,123 @@
+"""What the vision tower made of which pixels, kept for whoever shows the same; knows no tensors.
+
+Sequences of one tenant that show the same medium share one `Encoding`, while it is being made and
+after. Those nobody holds any more are kept, the latest used longest, within a number of bytes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+from server.core import VisionInput
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Key: TypeAlias = tuple[str, str]
+"""The tenant, and the digest of the medium."""
+
+
+@dataclass(slots=True, eq=False)
+class Encoding:
+    """One medium and how far it has been encoded.
+
+    `features[i]` is what the model made of tile i, `embeds` what all of them make together and
+    what replaces them; only the runner looks inside.
+    """
+
+    key: Key
+    num_tiles: int
+    num_bytes: int
+    num_tiles_encoded: int = 0
+    features: dict[int, Tensor] = field(default_factory=dict)
+    embeds: Tensor | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        return self.num_tiles_encoded == self.num_tiles
+
+
+class EncoderCache:
+    """All encodings there are: held by sequences, or complete and kept."""
+
+    def __init__(self, *, max_bytes: int, bytes_per_token: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes_per_token = bytes_per_token
+        self._held: dict[Key, Encoding] = {}
+        self._holders: Counter[Key] = Counter()
+        self._kept: OrderedDict[Key, Encoding] = OrderedDict()
+        self._held_bytes = 0
+        self._kept_bytes = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Of everything that is held or kept."""
+        return self._held_bytes + self._kept_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        return self._held_bytes
+
+    def has_room(self, tenant: str, media: Iterable[VisionInput]) -> bool:
+        """Whether these fit beside what is held; whoever is first may be as large as it is."""
+        new = {
+            (tenant, vision.digest): vision.num_tokens * self._bytes_per_token
+            for vision in media
+            if (tenant, vision.digest) not in self._held
+        }
+        return not self._held or self._held_bytes + sum(new.values()) <= self._max_bytes
+
+    def acquire(self, tenant: str, vision: VisionInput) -> Encoding:
+        """The encoding of this medium, begun or not, with one more holder."""
+        key = tenant, vision.digest
+        encoding = self._held.get(key) or self._kept.pop(key, None)
+        if encoding is None:
+            num_bytes = vision.num_tokens * self._bytes_per_token
+            encoding = Encoding(key, len(vision.layout.tile_queries), num_bytes)
+        elif key not in self._held:
+            self._kept_bytes -= encoding.num_bytes
+        if key not in self._held:
+            self._held[key] = encoding
+            self._held_bytes += encoding.num_bytes
+        self._holders[key] += 1
+        self._shrink()
+        return encoding
+
+    def release(self, encoding: Encoding) -> None:
+        """One holder lets go. What is not complete by then is of no use to anybody."""
+        key = encoding.key
+        if self._held.get(key) is not encoding:
+            raise ValueError("an encoding is released but not held")
+        self._holders[key] -= 1
+        if self._holders[key] > 0:
+            return
+        del self._holders[key], self._held[key]
+        self._held_bytes -= encoding.num_bytes
+        if encoding.is_complete:
+            self._kept[key] = encoding
+            self._kept_bytes += encoding.num_bytes
+            self._shrink()
+
+    def check(self, held: Iterable[Encoding]) -> None:
+        """The counts are those of `held`, one for each holder, and the bytes add up."""
+        holders = Counter(encoding.key for encoding in held)
+        if holders != self._holders or holders.keys() != self._held.keys():
+            raise RuntimeError("encodings are counted wrongly")
+        if self._held.keys() & self._kept.keys():
+            raise RuntimeError("an encoding is both held and kept")
+        sums = [
+            sum(encoding.num_bytes for encoding in part.values())
+            for part in (self._held, self._kept)
+        ]
+        if sums != [self._held_bytes, self._kept_bytes]:
+            raise RuntimeError("the bytes of the encodings do not add up")
+        if self._kept and self.num_bytes > self._max_bytes:
+            raise RuntimeError("more encodings are kept than there is room for")
+
+    def _shrink(self) -> None:
+        while self._kept and self.num_bytes > self._max_bytes:
+            _, encoding = self._kept.popitem(last=False)
+            self._kept_bytes -= encoding.num_bytes

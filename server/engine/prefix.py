@@ -1,0 +1,45 @@
+"""What a block of the key/value cache holds, as a key: who computes the same may share it.
+
+A block's contents depend on every id up to its end and on the pixels behind the placeholders among
+them, so its key is a chain of SHA-256 over both. The chain begins with the tenant under a secret of
+this process: tenants never meet, and no key can be foreseen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from array import array
+
+from server.engine.sequence import Sequence
+
+
+class PrefixKeys:
+    """Makes the keys of a sequence's full blocks, each once."""
+
+    def __init__(self, *, block_size: int, secret: bytes) -> None:
+        self._block_size = block_size
+        self._secret = secret
+
+    def extend(self, sequence: Sequence, *, stop: int) -> None:
+        """Adds to `sequence.block_keys` those of the blocks that are full with [0, stop)."""
+        keys, size = sequence.block_keys, self._block_size
+        parent = keys[-1] if keys else self._root(sequence.request.tenant)
+        for first in range(len(keys) * size, stop - size + 1, size):
+            parent = self._key(parent, sequence, first)
+            keys.append(parent)
+
+    def _root(self, tenant: str) -> bytes:
+        return hmac.digest(self._secret, tenant.encode(), "sha256")
+
+    def _key(self, parent: bytes, sequence: Sequence, first: int) -> bytes:
+        """Of the block that begins at position `first`. Every field has one length, or is last."""
+        last = first + self._block_size
+        state = hashlib.sha256(parent)
+        state.update(array("q", sequence.token_ids[first:last]).tobytes())
+        for medium in sequence.media:
+            if medium.start < last and first < medium.stop:
+                # Which of its features stand here, and of which pixels they were made.
+                state.update(array("q", [medium.start - first]).tobytes())
+                state.update(hashlib.sha256(medium.vision.digest.encode()).digest())
+        return state.digest()

@@ -1,0 +1,90 @@
+"""Encodings are shared while held, kept while there is room, and counted to the byte."""
+
+from __future__ import annotations
+
+import pytest
+
+from server.core import VisionInput, VisionLayout
+from server.engine.encodings import EncoderCache
+
+
+def picture(name: str, num_tokens: int = 10) -> VisionInput:
+    return VisionInput("image", VisionLayout((num_tokens,)), digest=name)
+
+
+def encode(cache: EncoderCache, name: str, *, tenant: str = "t", num_tokens: int = 10) -> None:
+    encoding = cache.acquire(tenant, picture(name, num_tokens))
+    encoding.num_tiles_encoded = 1
+    cache.release(encoding)
+
+
+def test_who_shows_the_same_shares_it_before_and_after_it_is_complete() -> None:
+    cache = EncoderCache(max_bytes=1000, bytes_per_token=2)
+    first = cache.acquire("t", picture("a"))
+    assert cache.acquire("t", picture("a")) is first
+    assert cache.num_bytes == cache.held_bytes == 20
+    cache.check([first, first])
+    first.num_tiles_encoded = 1
+    cache.release(first)
+    cache.release(first)
+    cache.check([])
+    assert (cache.num_bytes, cache.held_bytes) == (20, 0)
+    assert cache.acquire("t", picture("a")) is first
+
+
+def test_tenants_share_nothing() -> None:
+    cache = EncoderCache(max_bytes=1000, bytes_per_token=1)
+    assert cache.acquire("a", picture("x")) is not cache.acquire("b", picture("x"))
+
+
+def test_what_is_not_complete_is_not_kept() -> None:
+    cache = EncoderCache(max_bytes=1000, bytes_per_token=1)
+    cache.release(cache.acquire("t", picture("a")))
+    assert cache.num_bytes == 0
+
+
+def test_the_one_used_longest_ago_makes_room() -> None:
+    cache = EncoderCache(max_bytes=30, bytes_per_token=1)
+    for name in "abc":
+        encode(cache, name)
+    encode(cache, "a")  # used again
+    encode(cache, "d")
+    assert cache.num_bytes == 30
+    complete = {
+        name for name in "acd" if (e := cache.acquire("t", picture(name))) and e.is_complete
+    }
+    assert complete == {"a", "c", "d"}
+    assert not cache.acquire("t", picture("b")).is_complete
+
+
+def test_held_ones_push_out_kept_ones_and_leave_no_room_for_more() -> None:
+    cache = EncoderCache(max_bytes=30, bytes_per_token=1)
+    encode(cache, "kept")
+    large = cache.acquire("t", picture("large", 25))
+    assert cache.num_bytes == 25
+    assert not cache.has_room("t", [picture("other", 10)])
+    assert cache.has_room("t", [picture("other", 5)])
+    assert cache.has_room("t", [picture("large", 25)])
+    cache.check([large])
+
+
+def test_the_first_may_be_larger_than_all_room() -> None:
+    cache = EncoderCache(max_bytes=30, bytes_per_token=1)
+    assert cache.has_room("t", [picture("huge", 1000)])
+    encode(cache, "huge", num_tokens=1000)
+    assert cache.num_bytes == 0
+
+
+def test_letting_go_twice_is_an_error() -> None:
+    cache = EncoderCache(max_bytes=30, bytes_per_token=1)
+    encoding = cache.acquire("t", picture("a"))
+    cache.release(encoding)
+    with pytest.raises(ValueError, match="not held"):
+        cache.release(encoding)
+
+
+def test_check_finds_a_holder_too_many() -> None:
+    cache = EncoderCache(max_bytes=30, bytes_per_token=1)
+    cache.acquire("t", picture("a"))
+    with pytest.raises(RuntimeError, match="counted wrongly"):
+        cache.check([])
