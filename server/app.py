@@ -73,10 +73,15 @@ def build_app(
     app.add_exception_handler(ServerError, _answer_server_error)
     app.add_exception_handler(HTTPException, _answer_routing_error)
     # The last one added is the outermost.
-    app.add_middleware(BodyLimit, max_bytes=http.max_body_bytes)
+    app.add_middleware(
+        BodyLimit, max_bytes=http.max_body_bytes, receive_timeout_s=http.receive_timeout_s
+    )
     app.add_middleware(Authentication, api_keys=http.api_keys)
     app.add_middleware(
-        RequestRecord, lifecycle=app.state.lifecycle, max_header_bytes=http.max_header_bytes
+        RequestRecord,
+        lifecycle=app.state.lifecycle,
+        max_connections=http.max_connections,
+        max_header_bytes=http.max_header_bytes,
     )
     return app
 

@@ -86,6 +86,7 @@ def check(
         logging.getLogger("server").addHandler(logging.NullHandler())
         info, _ = _read_model(settings)
         tokenizer, template = _read_chat(info)
+        _check_tensors(info)
         for name, line in _findings(info, tokenizer, template):
             typer.echo(f"{name:<16} {line}")
 
@@ -156,6 +157,14 @@ def _read_chat(info: CheckpointInfo) -> tuple[Tokenizer, ChatTemplate]:
     return tokenizer, template
 
 
+def _check_tensors(info: CheckpointInfo) -> None:
+    # Here and not above: `serve` must never import torch, which the engine process is for.
+    from server.attention.backend import choose_backend
+    from server.model.checkpoint import check_tensors
+
+    check_tensors(info, backend=choose_backend(device="cpu"))
+
+
 # What `serve` does --------------------------------------------------------------------------------
 
 
@@ -218,6 +227,7 @@ def _serve(config: Config, listener: socket.socket) -> None:
             on_load_failure=on_load_failure,
         )
         server = uvicorn.Server(_uvicorn_config(app, config.http))
+        app.state.lifecycle.count_connections = lambda: len(server.server_state.connections)
 
         def on_ready(facts: EngineFacts) -> None:
             progress.close()
@@ -257,7 +267,6 @@ def _uvicorn_config(app: FastAPI, http: HttpConfig) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,
         h11_max_incomplete_event_size=http.max_header_bytes,
-        limit_concurrency=http.max_connections,
         timeout_keep_alive=http.keep_alive_timeout_s,
         # Requests have been drained before; what is left is a client that does not read.
         timeout_graceful_shutdown=5,

@@ -48,6 +48,7 @@ class HttpConfig(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=Tr
     strict: bool = False
     max_body_bytes: PositiveInt = 64 * _MIB
     max_header_bytes: PositiveInt = 32 * 1024
+    receive_timeout_s: PositiveFloat = 60.0
     max_connections: PositiveInt = 1024
     keep_alive_timeout_s: PositiveInt = 15
     request_timeout_s: PositiveFloat = 600.0
@@ -198,7 +199,7 @@ def _mapping_in(path: Path, *, what: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not UTF-8 text") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}" if mark is not None else ""
         raise ConfigError(f"{path}: is not valid YAML{place}") from None
@@ -210,11 +211,7 @@ def _mapping_in(path: Path, *, what: str) -> dict[str, Any]:
 
 
 def _values_in_environment() -> Values:
-    known = {
-        f"{ENV_PREFIX}{section}{ENV_DELIMITER}{key}".upper()
-        for section, model in SECTIONS.items()
-        for key in model.model_fields
-    }
+    known = _known_variables()
     for name in sorted(os.environ):
         if name.upper().startswith(ENV_PREFIX) and name.upper() not in known:
             raise ConfigError(f"environment: unknown setting {name}{_nearest_variable(name)}")
@@ -226,7 +223,17 @@ def _values_in_environment() -> Values:
     return values
 
 
+def _known_variables() -> list[str]:
+    return [
+        f"{ENV_PREFIX}{section}{ENV_DELIMITER}{key}".upper()
+        for section, model in SECTIONS.items()
+        for key in model.model_fields
+    ]
+
+
 def _nearest_variable(name: str) -> str:
+    if ENV_DELIMITER not in name:  # most often one underscore where two belong
+        return f"; did you mean {_closest(name.upper(), _known_variables())}?"
     section, _, key = name.lower().removeprefix(ENV_PREFIX.lower()).partition(ENV_DELIMITER)
     nearest_section = _closest(section, SECTIONS)
     nearest_key = _closest(key, SECTIONS[nearest_section].model_fields)

@@ -22,6 +22,7 @@
     │   ├── ModelNotFound               404 model_not_found
     │   ├── UnknownUrl                  404 unknown_url
     │   ├── MethodNotAllowed            405 method_not_allowed
+    │   ├── RequestReceiveTimeout       408 request_receive_timeout
     │   ├── RequestTooLarge             413 request_too_large
     │   ├── HeadersTooLarge             431 headers_too_large
     │   └── UnsupportedContentType      415 unsupported_content_type
@@ -196,6 +197,12 @@ class MethodNotAllowed(InvalidRequest):
     status = 405
     code = "method_not_allowed"
     default_message = "This URL does not take that method."
+
+
+class RequestReceiveTimeout(InvalidRequest):
+    status = 408
+    code = "request_receive_timeout"
+    default_message = "The request did not arrive in time."
 
 
 class RequestTooLarge(InvalidRequest):

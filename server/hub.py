@@ -99,4 +99,8 @@ def _fetch(name: str, *, revision: str | None, show_progress: bool) -> Path:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise CheckpointError(f"{name}{at_revision}: the download failed: {reason}") from error
+    except Exception as error:  # names the hub never has, addresses that are none, and the like
+        raise CheckpointError(
+            f"{name}{at_revision}: cannot be fetched from the hub ({type(error).__name__})"
+        ) from error
     return Path(folder)

@@ -18,10 +18,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
+from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from server import __version__
 from server.cli import cli
+from tests.model.loading import change_tensors
 from tools.random_checkpoint import write_checkpoint
 
 REPOSITORY = Path(__file__).parent.parent
@@ -191,23 +194,27 @@ def test_check_of_a_text_model_says_that_it_sees_nothing(tmp_path: Path) -> None
     assert "picture tokens" not in found
 
 
-def test_check_does_not_import_torch(tiny: Path) -> None:
-    program = (
-        "import sys\n"
-        "from server.cli import cli\n"
-        "cli(sys.argv[1:], standalone_mode=False)\n"
-        "assert 'torch' not in sys.modules\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", program, "check", "--model", str(tiny)],
-        cwd=REPOSITORY,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+def test_check_names_the_tensors_that_do_not_fit(tmp_path: Path) -> None:
+    """What `serve` would only find while it loads."""
+    folder = write_checkpoint(tmp_path / "bad")
+    lost = "language_model.model.layers.1.self_attn.q_proj.weight"
+
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        del tensors[lost]
+        tensors["foo.bar"] = torch.ones(2)
+
+    change_tensors(folder, spoil)
+    line = refusal("check", "--model", folder)
+    assert f"missing: {lost}" in line and "unexpected: foo.bar" in line
+
+
+def test_more_layers_than_tensors_are_one_line(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "bad")
+    for section in ("text_config", "vision_config"):
+        config = json.loads((folder / "config.json").read_text())
+        config[section]["num_hidden_layers"] = 10**9
+        (folder / "config.json").write_text(json.dumps(config))
+        assert "1000000000 layers" in refusal("check", "--model", folder)
 
 
 def test_a_bad_checkpoint_is_one_line(tmp_path: Path) -> None:
@@ -289,6 +296,56 @@ def test_a_second_signal_ends_what_runs(tiny: Path) -> None:
         assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "shutting_down"
         assert rest[-1] == "data: [DONE]"
         assert served.process.wait(timeout=10) == 0
+
+
+def test_a_request_that_never_arrives_is_answered_when_the_server_ends(tiny: Path) -> None:
+    with serving("--model", tiny) as served:
+        port = served.http.base_url.port
+        with socket.create_connection(("127.0.0.1", port or 0), timeout=20) as connection:
+            connection.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+                b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"
+            )
+            time.sleep(0.5)
+            served.process.send_signal(signal.SIGTERM)
+            time.sleep(1.0)
+            served.process.send_signal(signal.SIGTERM)
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "shutting_down"
+        assert served.process.wait(timeout=10) == 0
+
+
+def test_too_many_connections_are_told_so(tiny: Path) -> None:
+    with serving("--model", tiny, env={"HCX_HTTP__MAX_CONNECTIONS": "2"}) as served:
+        address = ("127.0.0.1", served.http.base_url.port or 0)
+        assert served.http.get("/v1/models").status_code == 200  # and this connection is kept
+        with socket.create_connection(address), socket.create_connection(address):
+            time.sleep(0.2)
+            refused = served.http.get("/v1/models")
+            assert (refused.status_code, refused.headers["connection"]) == (503, "close")
+            assert refused.json()["error"]["code"] == "server_is_overloaded"
+            assert served.http.get("/health").status_code == 200
+        time.sleep(0.2)
+        assert served.http.get("/v1/models").status_code == 200
+
+
+def test_a_worker_that_stands_still_is_not_called_ready(tiny: Path) -> None:
+    with serving("--model", tiny) as served:
+        (worker,) = children_of(served.process.pid)
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            deadline_s = time.monotonic() + 50  # ten times the contract's five seconds
+            while (ready := served.http.get("/ready")).status_code == 200:
+                assert time.monotonic() < deadline_s
+                time.sleep(0.2)
+            assert ready.json()["error"]["code"] == "worker_restarting"
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        while served.http.get("/ready").status_code != 200:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.2)
+        assert children_of(served.process.pid) == [worker]  # late, but it never was hung
 
 
 def test_a_terminal_shows_a_bar_and_a_pipe_lines(tiny: Path) -> None:

@@ -138,7 +138,12 @@ def run(
 
 
 def fetch(
-    hub_url: str, home: Path, *, revision: str | None = None, token: str | None = None
+    hub_url: str,
+    home: Path,
+    *,
+    name: str = NAME,
+    revision: str | None = None,
+    token: str | None = None,
 ) -> subprocess.CompletedProcess[str]:
     program = (
         "import sys\n"
@@ -150,7 +155,7 @@ def fetch(
         "except CheckpointError as error:\n"
         "    print(error); sys.exit(3)\n"
     )
-    return run("-c", program, NAME, revision or "", hub_url=hub_url, home=home, token=token)
+    return run("-c", program, name, revision or "", hub_url=hub_url, home=home, token=token)
 
 
 def fetched_files(result: subprocess.CompletedProcess[str]) -> dict[str, bytes]:
@@ -221,6 +226,19 @@ def test_a_name_the_hub_does_not_have_is_one_line(hub: HubStandIn, tmp_path: Pat
     result = fetch(f"{hub.url}/elsewhere", tmp_path)
     assert result.returncode == 3
     assert result.stdout == f"{NAME}: not on the hub, or HF_TOKEN is missing or may not read it\n"
+
+
+@pytest.mark.parametrize("name", ["owner/na--me", "owner/name.git", "owner/" + "n" * 120])
+def test_a_name_no_hub_can_have_is_one_line(hub: HubStandIn, tmp_path: Path, name: str) -> None:
+    result = fetch(hub.url, tmp_path, name=name)
+    assert result.returncode == 3
+    assert result.stdout.startswith(f"{name}: cannot be fetched from the hub")
+
+
+def test_an_address_that_is_no_address_is_one_line(tmp_path: Path) -> None:
+    result = fetch("notaurl", tmp_path)
+    assert result.returncode == 3
+    assert result.stdout.startswith(f"{NAME}: ") and result.stdout.count("\n") == 1
 
 
 def test_a_folder_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

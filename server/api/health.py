@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -21,9 +21,13 @@ router = APIRouter()
 
 
 class Lifecycle:
-    """From the first request to the last one before the process ends."""
+    """From the first request to the last one before the process ends.
+
+    `count_connections` is for whoever runs the server below to set; it alone can know.
+    """
 
     def __init__(self) -> None:
+        self.count_connections: Callable[[], int] = lambda: 0
         self.is_draining = False
         self.num_running = 0
         self._idle = asyncio.Event()
@@ -74,4 +78,6 @@ async def ready(request: Request) -> Response:
     reason = not_ready(state.engine.status, is_draining=state.lifecycle.is_draining)
     if reason is not None:
         raise reason
+    if state.engine.status == "silent":  # new requests may still wait for it, or for the next one
+        raise WorkerRestarting("The model worker has not been heard of for some seconds.")
     return json_response({"status": "ready"})

@@ -38,6 +38,8 @@ _JSON_TYPE = re.compile(
     r"application/json[ \t]*(;[ \t]*charset=(utf-8|\"utf-8\"))?[ \t]*;?", re.ASCII | re.IGNORECASE
 )
 _STRUCTURE = re.compile(rb'[\[\]{},:"]')
+# Nothing in it is tried twice, however long the string and however many its escapes.
+_REST_OF_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _INT_MIN, _INT_MAX = -(2**63), 2**64 - 1
 
 
@@ -119,6 +121,8 @@ def check_structure(body: bytes) -> None:
                 raise InvalidJson(f"The JSON is nested deeper than {MAX_DEPTH} levels.")
         elif mark in b"]}":
             depth -= 1
+            if depth < 0:
+                raise InvalidJson("The JSON closes a bracket that it never opened.")
             continue
         elif mark in b":":
             keys += 1
@@ -126,24 +130,11 @@ def check_structure(body: bytes) -> None:
                 raise InvalidJson(f"The JSON has more than {MAX_KEYS} keys.")
             continue
         elif mark in b'"':
-            position = _end_of_string(body, position)
+            rest = _REST_OF_STRING.match(body, position)
+            position = rest.end() if rest else len(body)
         values += 1
         if values > MAX_VALUES:
             raise InvalidJson(f"The JSON has more than {MAX_VALUES} values.")
-
-
-def _end_of_string(body: bytes, start: int) -> int:
-    """The index after the quote that ends the string whose first character is at `start`."""
-    position = start
-    while (quote := body.find(b'"', position)) != -1:
-        before = quote
-        while before > start and body[before - 1] == 0x5C:
-            before -= 1
-        if (quote - before) % 2 == 0:
-            return quote + 1
-        # An escaped quote: what lies before it has been looked at and need not be again.
-        start = position = quote + 1
-    return len(body)
 
 
 def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

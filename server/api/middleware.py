@@ -32,9 +32,11 @@ from server.errors import (
     HeadersTooLarge,
     InvalidApiKey,
     MethodNotAllowed,
+    RequestReceiveTimeout,
     RequestTooLarge,
     ServerError,
     ShuttingDown,
+    Unavailable,
     UnsupportedContentType,
 )
 
@@ -49,6 +51,7 @@ NO_TENANT: Final = ""
 
 MAX_HEADERS: Final = 100
 MAX_HEADER_LINE_BYTES: Final = 16 * 1024
+MIN_BODY_BYTES_PER_S: Final = 1024 * 1024
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
 _NEVER_ROUTED: Final = frozenset({"OPTIONS", "TRACE", "CONNECT"})
@@ -64,13 +67,17 @@ class ClientGone(Exception):
 class RequestRecord:
     """Outermost: gives the request its id, turns a fault of ours into a 500, writes the log line.
 
-    While the server drains it refuses all but the open paths. After a 413 it goes on reading for a
-    moment: closing while the client still sends would reset the connection and lose the answer.
+    While the server drains, or has too many connections, it refuses all but the open paths. After
+    an error whose request is still being sent it goes on reading for a moment: closing while the
+    client sends would reset the connection and lose the answer.
     """
 
-    def __init__(self, app: ASGIApp, *, lifecycle: Lifecycle, max_header_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, *, lifecycle: Lifecycle, max_connections: int, max_header_bytes: int
+    ) -> None:
         self._app = app
         self._lifecycle = lifecycle
+        self._max_connections = max_connections
         self._max_header_bytes = max_header_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -85,6 +92,12 @@ class RequestRecord:
             await self._answer(scope, record)
         except (ClientGone, ClientDisconnect):
             record.client_gone = True
+        except asyncio.CancelledError:
+            # The server is closing and nobody waits for this task: it may end with an answer.
+            if record.status is not None or record.client_gone:
+                raise
+            refusal = error_response(ShuttingDown(), headers={"connection": "close"})
+            await refusal(scope, receive, record.send)
         except Exception:
             if record.client_gone:
                 logger.warning("request %s failed after its client left", record.request_id)
@@ -105,6 +118,9 @@ class RequestRecord:
             await self._app(scope, record.receive, record.send)
         elif self._lifecycle.is_draining:
             refusal = error_response(ShuttingDown(), headers={"connection": "close"})
+            await refusal(scope, record.receive, record.send)
+        elif self._lifecycle.count_connections() > self._max_connections:
+            refusal = error_response(Unavailable(), headers={"connection": "close"})
             await refusal(scope, record.receive, record.send)
         else:
             with self._lifecycle.running():
@@ -130,6 +146,7 @@ class _Record:
         self.status: int | None = None
         self.is_complete = False
         self.client_gone = False
+        self._is_body_read = False
         self._scope = scope
         self._receive = receive
         self._send = send
@@ -140,6 +157,8 @@ class _Record:
         message = await self._receive()
         if message["type"] == "http.disconnect" and not self.is_complete:
             self.client_gone = True
+        if message["type"] == "http.request" and not message.get("more_body", False):
+            self._is_body_read = True
         return message
 
     async def send(self, message: Message) -> None:
@@ -147,10 +166,10 @@ class _Record:
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = self.request_id
-            if self.status == 413:
+            if self.status in (408, 413):
                 headers["connection"] = "close"
         ends = message["type"] == "http.response.body" and not message.get("more_body", False)
-        if ends and self.status == 413:
+        if ends and self.status is not None and self.status >= 400 and not self._is_body_read:
             await self._send({**message, "more_body": True})
             await self._linger()
             message = {"type": "http.response.body", "body": b""}
@@ -226,11 +245,15 @@ class Authentication:
 
 
 class BodyLimit:
-    """Bodies come as they are, not encoded, and no longer than allowed whatever they claim."""
+    """Bodies come as they are, not encoded, no longer than allowed, and in time.
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+    A body has `receive_timeout_s` to arrive, or longer where it comes at the least accepted rate.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int, receive_timeout_s: float) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._receive_timeout_s = receive_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -240,12 +263,24 @@ class BodyLimit:
         if refusal is not None:
             await error_response(refusal)(scope, receive, send)
             return
-        received = 0
+        received, is_complete = 0, False
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
 
         async def counted() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, is_complete
+            if is_complete:  # what is waited for now is the client's leaving
+                return await receive()
+            allowed_s = max(self._receive_timeout_s, received / MIN_BODY_BYTES_PER_S)
+            try:
+                async with asyncio.timeout_at(started_s + allowed_s) as deadline:
+                    message = await receive()
+            except TimeoutError:
+                if deadline.expired():
+                    raise RequestReceiveTimeout() from None
+                raise
             received += len(message.get("body", b""))
+            is_complete = not message.get("more_body", False)
             if received > self._max_bytes:
                 raise self._too_large()
             return message
@@ -257,7 +292,8 @@ class BodyLimit:
         # Digits only and few: the server below has checked the header's form.
         if length.isascii() and length.isdigit() and int(length[:20]) > self._max_bytes:
             return self._too_large()
-        if headers.get("content-encoding", "identity").lower() != "identity":
+        encodings = headers.getlist("content-encoding")
+        if any(encoding.lower() != "identity" for encoding in encodings):
             return UnsupportedContentType()
         return None
 

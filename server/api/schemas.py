@@ -302,7 +302,7 @@ def _translated(error: ValidationError, body: Mapping[str, Any]) -> ServerError:
     ):
         if name in limits:
             return InvalidRequest(
-                f"{param} must be {words} {limits[name]:g}; {first['input']!r} was given.",
+                f"{param} must be {words} {limits[name]}; {first['input']!r} was given.",
                 param=param,
             )
     return InvalidRequest(f"{param} is invalid.", param=param)

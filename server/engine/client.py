@@ -157,7 +157,7 @@ class EngineClient:
 
     @property
     def status(self) -> EngineStatus:
-        return self._process.status
+        return "silent" if self._process.is_silent else self._process.status
 
     @property
     def facts(self) -> EngineFacts | None:
@@ -246,7 +246,7 @@ class EngineClient:
                 raise WorkerRestarting("The model worker has failed and needs the operator.")
             case "stopping":
                 raise ShuttingDown
-            case "ready":
+            case "ready" | "silent":
                 if self._process.facts is None:
                     raise ModelLoading
                 return self._process.facts

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-EngineStatus = Literal["loading", "ready", "restarting", "crashed", "stopping"]
-"""`crashed` means that restarting was given up: an operator has to act."""
+EngineStatus = Literal["loading", "ready", "silent", "restarting", "crashed", "stopping"]
+"""`silent` is ready, but late with its sign of life. `crashed` means that restarting was given up:
+an operator has to act."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,9 @@ CRASH_WINDOW_S = 600.0
 PATIENCE = 10
 """A step may take so many times the slowest of the warm-up before it counts as hung."""
 
+SILENCE_S = 5.0
+"""Without a sign of life for so long the process is no longer called ready."""
+
 LAST_WORDS_S = 0.2
 """A dead process's messages have all arrived when the socket has been silent for so long."""
 
@@ -116,8 +119,15 @@ class EngineProcess:
         self._step_timeout_s = step_timeout_s
         self._shutdown_timeout_s = shutdown_timeout_s
         self._entry_module = entry_module
+        self._last_sign_s = 0.0
+        self._silence_s = SILENCE_S
         self._life: _Life | None = None
         self._supervisor: asyncio.Task[None] | None = None
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether a ready process owes a sign of life, though not yet long enough to be hung."""
+        return self.status == "ready" and time.monotonic() > self._last_sign_s + self._silence_s
 
     @property
     def pid(self) -> int | None:
@@ -199,6 +209,7 @@ class EngineProcess:
             if frame is None:
                 status = await life.exited
                 return CheckpointError(f"the engine process ended unexpectedly (status {status})")
+            self._last_sign_s = time.monotonic()
             message = decode_from_engine(frame)
             match message:
                 case Loading():
@@ -209,6 +220,7 @@ class EngineProcess:
                 case Ready():
                     slowest_s = message.facts.slowest_step_s
                     timeout_s = max(self._step_timeout_s, PATIENCE * slowest_s)
+                    self._silence_s = max(SILENCE_S, 2 * slowest_s)
                     self.facts = message.facts
                     self.status = "ready"
                     if not is_ready.done():

@@ -177,6 +177,12 @@ def read_checkpoint(path: Path) -> CheckpointInfo:
         ]
         both = Keys([*processor, ("config.json", config)], assumptions)
         vision = _read_vision(both, tower, projector, tokens)
+    for part in (text, tower):
+        if part is not None and part.num_layers > len(entries):
+            raise CheckpointError(
+                f"{path}: config.json has {part.num_layers} layers in one part, the weights have "
+                f"{len(entries)} tensors in all"
+            )
     used = used_entries(
         entries,
         first_unused_tower_layer=tower.num_layers_used if tower else 0,

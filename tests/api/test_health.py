@@ -18,6 +18,7 @@ def test_a_ready_server(shared_server: Server) -> None:
         ("loading", "model_loading"),
         ("restarting", "worker_restarting"),
         ("crashed", "worker_restarting"),
+        ("silent", "worker_restarting"),
         ("stopping", "shutting_down"),
     ],
 )

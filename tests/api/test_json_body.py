@@ -261,3 +261,27 @@ def test_answers_are_utf8_without_escapes() -> None:
     assert to_json({"a": "원", "b": [1, None]}) == '{"a":"원","b":[1,null]}'.encode()
     with pytest.raises(ValueError, match="JSON"):
         to_json({"a": math.nan})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"]" * (8 << 20),
+        b'{"a": "' + b'\\"' * (4 << 20) + b'"}',
+        b'"' + b"\\" * (8 << 20),
+        b'{"a": ' + b'"' * (1 << 20),
+    ],
+    ids=["closed", "escaped", "backslashes", "quotes"],
+)
+def test_no_shape_of_text_costs_more_than_its_length(body: bytes) -> None:
+    """Each of these once took a hundred times as long as reading it; the limit is ten times more
+    than it takes now."""
+    started_s = time.process_time()
+    with contextlib.suppress(InvalidRequest):
+        parse_json_object(body)
+    assert time.process_time() - started_s < 5
+
+
+def test_a_bracket_that_was_never_opened() -> None:
+    with pytest.raises(InvalidJson, match="never opened"):
+        parse_json_object(b'{"a": 1}}{')

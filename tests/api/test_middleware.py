@@ -260,6 +260,13 @@ def test_encoded_bodies_are_refused(shared_server: Server, encoding: str) -> Non
     assert_error(response, 415, "unsupported_content_type")
 
 
+def test_a_second_encoding_counts_too(shared_server: Server) -> None:
+    headers = [("Content-Encoding", "identity"), ("Content-Encoding", "gzip")]
+    headers.append(("Content-Type", "application/json"))
+    response = shared_server.http.post(URL, content=b"{}", headers=headers)
+    assert_error(response, 415, "unsupported_content_type")
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b'{"model": NaN}', b'{"a":1,"a":2}', b"\xff"])
 def test_broken_json(shared_server: Server, body: bytes) -> None:
     response = shared_server.http.post(
@@ -317,6 +324,32 @@ def test_a_client_that_announces_too_much_is_refused_before_it_sends(serve: Serv
     )
     assert status == 413
     assert time.monotonic() - started_s < 1
+
+
+def test_a_body_that_does_not_arrive_is_not_waited_for(serve: Serve) -> None:
+    server = serve(http=HttpConfig(receive_timeout_s=0.3))
+    head = f"POST {URL} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    for rest in ("Content-Length: 1000\r\n\r\n{", "Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"):
+        started_s = time.monotonic()
+        status, headers, body = raw(server, (head + rest).encode())
+        assert time.monotonic() - started_s < 5
+        assert (status, headers["connection"]) == (408, "close")
+        assert json.loads(body)["error"]["code"] == "request_receive_timeout"
+    assert server.http.post(URL, json=chat()).status_code == 200
+
+
+def test_a_slow_answer_is_not_a_slow_body(serve: Serve) -> None:
+    server = serve(http=HttpConfig(receive_timeout_s=0.2), preparer=TextPreparer(delay_s=0.6))
+    assert server.http.post(URL, json=chat()).status_code == 200
+
+
+def test_a_refused_sender_still_reads_the_answer(locked: Server) -> None:
+    head = f"POST {URL} HTTP/1.1\r\nHost: x\r\nContent-Length: 30000000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", locked.port), timeout=10) as connection:
+        connection.sendall(head.encode())
+        for _ in range(300):
+            connection.sendall(b"x" * 100_000)
+        assert read_answer(connection)[0] == 401
 
 
 def test_every_answer_has_an_id(shared_server: Server) -> None:
