@@ -100,15 +100,22 @@ class VisionInput:
 class SamplingParams:
     """How the tokens of one request are chosen and when they end.
 
-    `temperature` 0 is greedy. `top_k` 0 is off. `stop_token_ids` end the answer and are not part
-    of its text; whether the model's own ends are among them was decided by `ignore_eos`.
+    `temperature` 0 is greedy. `top_k` 0 and `min_p` 0 are off. `logit_bias` holds (id, what is
+    added to its logit). `stop_token_ids` end the answer and are not part of its text; whether the
+    model's own ends are among them was decided by `ignore_eos`. None of them is chosen before the
+    answer has `min_tokens`.
     """
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
 

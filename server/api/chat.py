@@ -45,7 +45,12 @@ async def chat_completions(request: Request) -> Response:
             wire.to_chat_request(), request_id=envelope.id, tenant=request.state.tenant
         )
         stream = await state.engine.submit(prepared.request, prepared.tiles)
-        deltas = detokenize(stream, state.preparer.tokenizer, stop=prepared.stop)
+        deltas = detokenize(
+            stream,
+            state.preparer.tokenizer,
+            stop=prepared.stop,
+            min_tokens=prepared.request.sampling.min_tokens,
+        )
         return Answer(prepared.usage, deltas)
 
     if wire.stream:

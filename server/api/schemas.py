@@ -8,6 +8,7 @@ answer is made.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
@@ -29,16 +30,17 @@ from server.errors import (
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 256
+MAX_STOP_IDS = 64
+MAX_BIASES = 1024
 MAX_USER_BYTES = 512
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,18}", re.ASCII)
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 
 UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
     # OpenAI
     "audio": (),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
     "logprobs": (False,),
     "metadata": ({},),
     "modalities": (["text"],),
@@ -46,7 +48,6 @@ UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
     "n": (1,),
     "parallel_tool_calls": (True, False),
     "prediction": (),
-    "presence_penalty": (0,),
     "prompt_cache_key": ("",),
     "prompt_cache_options": (),
     "prompt_cache_retention": (),
@@ -87,8 +88,6 @@ UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
     "length_penalty": (1,),
     "logits_processors": ([],),
     "media_io_kwargs": ({},),
-    "min_p": (0,),
-    "min_tokens": (0,),
     "mm_processor_kwargs": ({},),
     "priority": (0,),
     "prompt_embeds": (),
@@ -98,7 +97,6 @@ UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
     "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True, False),
-    "stop_token_ids": ([],),
     "structural_tag": (),
     "structured_outputs": (),
     "thinking_token_budget": (),
@@ -170,7 +168,17 @@ class ChatCompletionRequest(BaseModel):
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     top_k: Annotated[Integer, Field(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[str, Annotated[Number, Field(ge=-100, le=100)]],
+            Field(strict=True, max_length=MAX_BIASES),
+        ]
+        | None
+    ) = None
     stop: (
         Annotated[
             list[StopString],
@@ -179,6 +187,14 @@ class ChatCompletionRequest(BaseModel):
         ]
         | None
     ) = None
+    stop_token_ids: (
+        Annotated[
+            list[Annotated[Integer, Field(ge=0, le=_INT64_MAX)]],
+            Field(strict=True, max_length=MAX_STOP_IDS),
+        ]
+        | None
+    ) = None
+    min_tokens: Annotated[Integer, Field(ge=0, le=_INT64_MAX)] | None = None
     seed: Annotated[Integer, Field(ge=_INT64_MIN, le=_INT64_MAX)] | None = None
     ignore_eos: Flag | None = None
     stream: Flag | None = None
@@ -198,9 +214,15 @@ class ChatCompletionRequest(BaseModel):
             top_p=self.top_p,
             # -1 is what other engines call "off".
             top_k=None if self.top_k is None else max(self.top_k, 0),
+            min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=tuple((int(key), bias) for key, bias in (self.logit_bias or {}).items()),
             seed=self.seed,
             stop=tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            min_tokens=self.min_tokens or 0,
             ignore_eos=bool(self.ignore_eos),
         )
 
@@ -244,6 +266,12 @@ def _check_together(request: ChatCompletionRequest) -> None:
             "max_tokens and max_completion_tokens mean the same here and must not differ.",
             param="max_tokens",
         )
+    for key in request.logit_bias or ():
+        if not _TOKEN_ID.fullmatch(key):
+            raise InvalidRequest(
+                f"The keys of logit_bias must be token ids; {quoted(key)} is none.",
+                param="logit_bias",
+            )
     if request.stream_options is not None:
         if not request.stream:
             raise InvalidRequest(

@@ -30,6 +30,7 @@ from server.core import (
 )
 from server.errors import (
     InvalidPrompt,
+    InvalidRequest,
     MediaFileTooLarge,
     PromptTooLong,
     ServerError,
@@ -74,9 +75,15 @@ class ChatRequest:
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
     ignore_eos: bool = False
 
 
@@ -257,7 +264,13 @@ class Preparer:
     def _sampling(self, request: ChatRequest, *, max_tokens: int) -> SamplingParams:
         defaults, neutral = self.facts.defaults, SamplingParams(max_tokens)
         temperature = _first(request.temperature, defaults.temperature, neutral.temperature)
-        ends: list[int] = []
+        if request.min_tokens > max_tokens:
+            raise InvalidRequest(
+                f"min_tokens is {request.min_tokens}, more than the {max_tokens} tokens that the "
+                "answer may have.",
+                param="min_tokens",
+            )
+        ends = list(request.stop_token_ids)
         if not request.ignore_eos:
             ends += self.facts.stop_token_ids
             if self.facts.im_end_id is not None:
@@ -271,6 +284,11 @@ class Preparer:
             repetition_penalty=_first(
                 request.repetition_penalty, defaults.repetition_penalty, neutral.repetition_penalty
             ),
+            min_p=request.min_p or 0.0,
+            presence_penalty=request.presence_penalty or 0.0,
+            frequency_penalty=request.frequency_penalty or 0.0,
+            logit_bias=request.logit_bias,
+            min_tokens=request.min_tokens,
             seed=request.seed,
             stop_token_ids=tuple(dict.fromkeys(ends)),
         )

@@ -191,13 +191,13 @@ class Detokenizer:
         self._held = ""
         self.is_stopped = False
 
-    def push(self, token_id: int) -> str:
-        """Take one token; the text that is now certain."""
+    def push(self, token_id: int, *, may_stop: bool = True) -> str:
+        """Take one token; the text that is now certain. One that may not stop is text at once."""
         if self.is_stopped:
             return ""
         new = self._decoder.decode(self._tokenizer.token_bytes(token_id))
-        if not self._stop:
-            return new
+        if not self._stop or not may_stop:
+            return self.finish() + new
         text = self._held + new
         found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
@@ -225,15 +225,16 @@ class Detokenizer:
 
 
 async def detokenize(
-    stream: TokenStream, tokenizer: Tokenizer, *, stop: Sequence[str] = ()
+    stream: TokenStream, tokenizer: Tokenizer, *, stop: Sequence[str] = (), min_tokens: int = 0
 ) -> AsyncGenerator[Delta, None]:
     """The answer's text as it becomes certain; the whole answer is the sum of these deltas.
 
-    A stop string closes the stream, which aborts the request. An error event is raised as the
+    A stop string closes the stream, which aborts the request; one within the first `min_tokens` is
+    text. An error event is raised as the
     `ServerError` of its code.
     """
     detokenizer = Detokenizer(tokenizer, stop)
-    num_tokens = num_cached_tokens = 0
+    num_generated = num_tokens = num_cached_tokens = 0
     try:
         async for event in stream:
             num_cached_tokens += event.num_cached_tokens
@@ -242,9 +243,10 @@ async def detokenize(
             text = ""
             if event.token_id is not None:
                 num_tokens += 1
+                num_generated += 1
                 # The token that ends an answer is no part of its text, even an ordinary one.
                 if event.finish_reason != "stop":
-                    text = detokenizer.push(event.token_id)
+                    text = detokenizer.push(event.token_id, may_stop=num_generated > min_tokens)
             if detokenizer.is_stopped:
                 stream.close()  # now: nobody has to resume this generator after its last delta
                 yield Delta(text, "stop", num_tokens, num_cached_tokens)

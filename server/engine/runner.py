@@ -197,15 +197,5 @@ def _span_ids(span: Span) -> list[int]:
 
 
 def _sampling_row(sequence: Sequence) -> SamplingRow:
-    sampling = sequence.request.sampling
-    return SamplingRow(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        repetition_penalty=sampling.repetition_penalty,
-        # The client gives every request a seed; without one an answer would not be repeatable
-        # in the step that is run again.
-        seed=sampling.seed or 0,
-        position=len(sequence),
-        seen_ids=sequence.token_ids,
-    )
+    request = sequence.request
+    return SamplingRow(request.sampling, sequence.token_ids, len(request.prompt_ids))

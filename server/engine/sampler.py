@@ -1,10 +1,12 @@
 """From logits and each row's own parameters to one token id a row, in one pass over the batch.
 
-In this order: repetition penalty, temperature, top_k, top_p, draw. Every filter is a threshold on
-the row's scores, so equal scores stay or go together and no order among them is invented:
+In this order: repetition, presence and frequency penalty, bias, ends that may not come yet,
+temperature, min_p, top_k, top_p, draw. Every filter is a threshold on the row's scores, so equal
+scores stay or go together and no order among them is invented:
 
+    min_p   keeps what is at least this share of the likeliest as likely
     top_k   keeps what is at least the k-th largest
-    top_p   keeps the fewest of the largest that have this share of what top_k kept
+    top_p   keeps the fewest of the largest that have this share of what the two before kept
 
 The draw is one uniform number, a function of the row's seed and position only, taken through the
 inverse of the cumulative distribution in the order of token ids. So neighbours in the batch change
@@ -21,6 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from server.core import SamplingParams
+
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy; nothing is divided by them."""
 
@@ -32,18 +36,33 @@ _MASK_64 = (1 << 64) - 1
 
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
-    """What one row of logits is sampled with. `position` is the index its token will have.
+    """What one row of logits is sampled with: `ids` are those of prompt and answer so far.
 
-    `seen_ids` are the ids of prompt and answer; they are only needed for a repetition penalty.
+    The token that is chosen will be the one after the last of them.
     """
 
-    temperature: float
-    top_p: float
-    top_k: int
-    repetition_penalty: float
-    seed: int
-    position: int
-    seen_ids: Sequence[int]
+    params: SamplingParams
+    ids: Sequence[int]
+    num_prompt_ids: int
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.params.temperature < GREEDY_BELOW
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.ids) - self.num_prompt_ids
+
+    @property
+    def chance(self) -> float:
+        # The client gives every request a seed; without one an answer would not be repeatable in
+        # the step that is run again.
+        return uniform(self.params.seed or 0, len(self.ids))
+
+    @property
+    def least_score(self) -> float:
+        """Below this, with the likeliest at 0, min_p keeps nothing."""
+        return math.log(self.params.min_p) if self.params.min_p > 0 else -math.inf
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
@@ -51,14 +70,15 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
 
     None for a row that allows no id at all or holds a NaN.
     """
-    _penalise_repetition(logits, rows)
+    for index, row in enumerate(rows):
+        _adjust(logits[index], row)
     largest, ids = logits.max(dim=-1)  # NaN where the row holds one
-    drawn = [index for index, row in enumerate(rows) if row.temperature >= GREEDY_BELOW]
+    drawn = [index for index, row in enumerate(rows) if not row.is_greedy]
     usable = largest.isfinite().tolist()
     drawn = [index for index in drawn if usable[index]]
     if drawn:
         drawn_rows = [rows[index] for index in drawn]
-        temperatures = _column([row.temperature for row in drawn_rows], logits)
+        temperatures = _column([row.params.temperature for row in drawn_rows], logits)
         scores = (logits[drawn] - largest[drawn, None]) / temperatures.float()
         ids[drawn] = _draw(scores, drawn_rows)
     return [
@@ -79,19 +99,30 @@ def _mixed(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def _penalise_repetition(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
-    """Divides positive logits of ids already seen by the penalty and multiplies negative ones."""
-    for index, row in enumerate(rows):
-        if row.repetition_penalty != 1.0:
-            seen = torch.tensor(row.seen_ids, device=logits.device)
-            values = logits[index, seen]  # an id seen twice is read twice and written the same
-            penalty = row.repetition_penalty
-            logits[index, seen] = torch.where(values > 0, values / penalty, values * penalty)
+def _adjust(logits: Tensor, row: SamplingRow) -> None:
+    """logits [ids] of one row: penalties, bias, and no end before it may come."""
+    params = row.params
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(row.ids, device=logits.device)
+        values = logits[seen]  # an id seen twice is read twice and written the same
+        penalty = params.repetition_penalty
+        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    if (params.presence_penalty or params.frequency_penalty) and row.num_generated:
+        generated = torch.tensor(row.ids[row.num_prompt_ids :], device=logits.device)
+        said, counts = torch.unique(generated, return_counts=True)
+        logits[said] -= params.presence_penalty + params.frequency_penalty * counts
+    if params.logit_bias:
+        biased = torch.tensor([token_id for token_id, _ in params.logit_bias], device=logits.device)
+        logits[biased] += torch.tensor(
+            [bias for _, bias in params.logit_bias], device=logits.device
+        )
+    if row.num_generated < params.min_tokens and params.stop_token_ids:
+        logits[torch.tensor(params.stop_token_ids, device=logits.device)] = -math.inf
 
 
 def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """scores [rows, ids], the largest of each row 0 -> ids [rows]."""
-    chances = _column([uniform(row.seed, row.position) for row in rows], scores)
+    chances = _column([row.chance for row in rows], scores)
     ids = torch.empty(len(rows), dtype=torch.int64, device=scores.device)
     plain = [index for index, row in enumerate(rows) if _keeps_all(row, scores.shape[1])]
     filtered = [index for index in range(len(rows)) if index not in set(plain)]
@@ -109,7 +140,8 @@ def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 def _keeps_all(row: SamplingRow, num_ids: int) -> bool:
-    return row.top_p >= 1.0 and not 0 < row.top_k < num_ids
+    params = row.params
+    return params.top_p >= 1.0 and not 0 < params.top_k < num_ids and not params.min_p > 0
 
 
 def _draw_among_few(
@@ -119,12 +151,16 @@ def _draw_among_few(
     num_ids = scores.shape[1]
     num_candidates = min(NUM_CANDIDATES, num_ids)
     values, candidates = scores.topk(num_candidates, dim=-1)
-    totals = scores.exp().sum(dim=-1, dtype=torch.float64, keepdim=True)
+    weights_of_all = scores.exp()
+    least = _column([row.least_score for row in rows], scores).float()
+    if any(row.params.min_p > 0 for row in rows):
+        weights_of_all = torch.where(scores >= least, weights_of_all, 0.0)
+    totals = weights_of_all.sum(dim=-1, dtype=torch.float64, keepdim=True)
     # Without top_k, or with one beyond the candidates, the nucleus is a share of the whole row.
-    top_ks = torch.tensor([row.top_k or num_ids for row in rows], device=scores.device)
+    top_ks = torch.tensor([row.params.top_k or num_ids for row in rows], device=scores.device)
     has_few = top_ks <= num_candidates
     kth = values.gather(1, top_ks.clamp(max=num_candidates)[:, None] - 1)
-    kept = torch.where(has_few[:, None], values >= kth, True)
+    kept = torch.where(has_few[:, None], values >= kth, True) & (values >= least)
     weights = torch.where(kept, values.exp().double(), 0.0)
     totals = torch.where(has_few[:, None], weights.sum(dim=-1, keepdim=True), totals)
     before = weights.cumsum(dim=-1) - weights
@@ -146,8 +182,9 @@ def _draw_among_few(
 def _draw_among_all(scores: Tensor, row: SamplingRow, chance: Tensor) -> Tensor:
     """scores [ids] -> the id, by sorting the whole row."""
     values = scores.sort(descending=True).values
-    if 0 < row.top_k < len(values):
-        values = values[values >= values[row.top_k - 1]]
+    values = values[values >= row.least_score]
+    if 0 < row.params.top_k < len(values):
+        values = values[values >= values[row.params.top_k - 1]]
     weights = values.exp().double()
     before = weights.cumsum(dim=0) - weights
     num_kept = int((before < _share(row) * weights.sum()).sum())
@@ -157,7 +194,7 @@ def _draw_among_all(scores: Tensor, row: SamplingRow, chance: Tensor) -> Tensor:
 
 def _share(row: SamplingRow) -> float:
     # A top_p of 1 must not lose the last candidates to the rounding of a sum.
-    return row.top_p if row.top_p < 1.0 else math.inf
+    return row.params.top_p if row.params.top_p < 1.0 else math.inf
 
 
 def _pick(weights: Tensor, chances: Tensor) -> Tensor:

@@ -36,6 +36,15 @@ def check_request(
     num_ids = min(facts.logits_width, facts.embedding_rows)
     if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= num_ids:
         raise InvalidPrompt("The prompt holds a token id that the model does not have.")
+    sampling = request.sampling
+    for param, ids in (
+        ("logit_bias", [token_id for token_id, _ in sampling.logit_bias]),
+        ("stop_token_ids", sampling.stop_token_ids),
+    ):
+        if any(not 0 <= token_id < facts.logits_width for token_id in ids):
+            raise InvalidRequest(
+                f"{param} holds an id that is not below {facts.logits_width}.", param=param
+            )
     if vision is None:
         if request.vision or tiles:
             raise InvalidPrompt("This model takes no pictures or videos.")

@@ -41,8 +41,6 @@ def test_a_field_not_honoured_is_refused_by_name_unless_it_asks_for_nothing(name
         ("logprobs", True),
         ("top_logprobs", False),
         ("store", True),
-        ("presence_penalty", False),
-        ("presence_penalty", -0.5),
         ("modalities", ["text", "audio"]),
         ("modalities", []),
         ("response_format", {"type": "json_object"}),
@@ -50,7 +48,6 @@ def test_a_field_not_honoured_is_refused_by_name_unless_it_asks_for_nothing(name
         ("tool_choice", "required"),
         ("tool_choice", {"type": "function", "function": {"name": "f"}}),
         ("service_tier", "flex"),
-        ("logit_bias", {"5": 1}),
         ("best_of", 2),
         ("echo", True),
         ("skip_special_tokens", False),
@@ -62,7 +59,7 @@ def test_values_that_ask_for_something(name: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("n", 1.0), ("presence_penalty", -0.0), ("frequency_penalty", 0.0)]
+    ("name", "value"), [("n", 1.0), ("length_penalty", 1.0), ("priority", -0.0)]
 )
 def test_neutral_numbers_may_be_written_as_floats(name: str, value: float) -> None:
     parse(**{name: value})
@@ -93,6 +90,12 @@ WRONG_TYPES: dict[str, list[object]] = {
     "repetition_penalty": [True, "1"],
     "stop": [1, True, {}],
     "seed": [True, "1", 1.5],
+    "min_p": [True, "0", [0]],
+    "presence_penalty": [True, "0"],
+    "frequency_penalty": [True, "0"],
+    "logit_bias": [True, [], "5"],
+    "stop_token_ids": [True, 5, {}],
+    "min_tokens": [True, "1", 1.5],
     "ignore_eos": [0, 1, "true", []],
     "stream": [0, 1, "true", []],
     "stream_options": [True, "usage", []],
@@ -114,6 +117,10 @@ OUT_OF_RANGE: dict[str, list[object]] = {
     "top_k": [-2, 2**31, 2**63],
     "repetition_penalty": [0, -1, 0.001, 101, 1e308],
     "seed": [2**63, 2**64 - 1],
+    "min_p": [-0.1, 1.1],
+    "presence_penalty": [-2.1, 2.1, 1e308],
+    "frequency_penalty": [-2.1, 2.1],
+    "min_tokens": [-1, 1e300],
 }
 
 
@@ -131,6 +138,12 @@ IN_RANGE: dict[str, list[tuple[object, object]]] = {
     "repetition_penalty": [(1, 1.0), (0.01, 0.01), (100, 100.0)],
     "stop": [("x", ("x",)), (["a", "b"], ("a", "b")), ([], ()), (["<|im_end|>"], ("<|im_end|>",))],
     "seed": [(-(2**63), -(2**63)), (2**63 - 1, 2**63 - 1), (0, 0), (7.0, 7)],
+    "min_p": [(0, 0.0), (1, 1.0), (0.05, 0.05)],
+    "presence_penalty": [(-2, -2.0), (0, 0.0), (2, 2.0)],
+    "frequency_penalty": [(-2, -2.0), (2, 2.0)],
+    "logit_bias": [({}, ()), ({"5": 1, "0": -100.0}, ((5, 1), (0, -100.0)))],
+    "stop_token_ids": [([], ()), ([7, 8.0], (7, 8))],
+    "min_tokens": [(0, 0), (3.0, 3)],
     "ignore_eos": [(True, True), (False, False)],
 }
 
@@ -189,6 +202,20 @@ def test_both_limits_may_be_given_only_if_they_agree() -> None:
 )
 def test_stream_options(options: object, code: str, param: str) -> None:
     assert refusal(stream=True, stream_options=options) == (code, param)
+
+
+@pytest.mark.parametrize("key", [" 5", "5_0", "1.5", "-1", "+1", "05", "٥", "", "5" * 30])
+def test_keys_of_a_bias_are_canonical_integers(key: str) -> None:
+    assert refusal(logit_bias={key: 1}) == ("invalid_value", "logit_bias")
+
+
+def test_limits_of_biases_and_stop_ids() -> None:
+    assert refusal(logit_bias={"5": 101}) == ("invalid_value", "logit_bias.5")
+    assert refusal(logit_bias={"5": "1"}) == ("invalid_type", "logit_bias.5")
+    many = {str(number): 0 for number in range(1025)}
+    assert refusal(logit_bias=many) == ("array_above_max_length", "logit_bias")
+    assert refusal(stop_token_ids=[0] * 65) == ("array_above_max_length", "stop_token_ids")
+    assert refusal(stop_token_ids=[1, -1]) == ("invalid_value", "stop_token_ids[1]")
 
 
 def test_an_unknown_stream_option_is_counted_or_refused() -> None:

@@ -257,6 +257,15 @@ async def test_deltas_count_every_token_once(tokenizer: Tokenizer) -> None:
     assert deltas == [Delta("a", None, 1), Delta("한", None, 3), Delta("b", "length", 1)]
 
 
+async def test_a_stop_string_before_the_least_number_of_tokens_is_text(
+    tokenizer: Tokenizer,
+) -> None:
+    stream = events(byte_ids(tokenizer, b"a.b.c"))
+    deltas = [d async for d in detokenize(stream, tokenizer, stop=["."], min_tokens=2)]
+    assert "".join(delta.text for delta in deltas) == "a.b"
+    assert deltas[-1].finish_reason == "stop"
+
+
 async def test_the_ending_token_counts_but_is_no_text(tokenizer: Tokenizer) -> None:
     """Also an ordinary token that the caller made an end."""
     ids = byte_ids(tokenizer, b"ab")

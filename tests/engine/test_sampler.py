@@ -3,40 +3,62 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 
-from server.engine.sampler import NUM_CANDIDATES, SamplingRow, sample, uniform
+from server.core import SamplingParams
+from server.engine.sampler import NUM_CANDIDATES, sample, uniform
+from server.engine.sampler import SamplingRow as Row
 
-PLAIN = SamplingRow(
-    temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0, seed=1, position=7, seen_ids=[]
-)
 NUM_IDS = 1000
 
 
-def reference(logits: npt.NDArray[np.float32], row: SamplingRow) -> int:
-    scores = logits.astype(np.float64)
-    for token_id in set(row.seen_ids):
-        value, penalty = scores[token_id], row.repetition_penalty
+def row(
+    *, position: int = 7, ids: Sequence[int] = (), num_generated: int = 0, **params: Any
+) -> Row:
+    """Before the token at `position`, behind `ids`, of which the last are generated."""
+    defaults = SamplingParams(max_tokens=1, seed=1)
+    padded = [0] * (position - len(ids)) + list(ids)
+    return Row(replace(defaults, **params), padded, position - num_generated)
+
+
+def reference(logits: npt.NDArray[np.float32], row: Row) -> int | None:
+    params, generated = row.params, list(row.ids[row.num_prompt_ids :])
+    scores = logits.astype(np.float32)
+    for token_id in set(row.ids):
+        value, penalty = scores[token_id], np.float32(params.repetition_penalty)
         scores[token_id] = value / penalty if value > 0 else value * penalty
-    if row.temperature < 1e-5:
+    for token_id in set(generated):
+        count = generated.count(token_id)
+        scores[token_id] -= params.presence_penalty + params.frequency_penalty * count
+    for token_id, bias in params.logit_bias:
+        scores[token_id] += bias
+    if len(generated) < params.min_tokens:
+        scores[list(params.stop_token_ids)] = -np.inf
+    if not np.isfinite(scores.max()):
+        return None
+    if params.temperature < 1e-5:
         return int(scores.argmax())
-    scores = (scores - scores.max()) / row.temperature
+    scores = (scores.astype(np.float64) - scores.max()) / params.temperature
     order = np.argsort(-scores, kind="stable")
-    if 0 < row.top_k < len(order):
-        order = order[scores[order] >= scores[order[row.top_k - 1]]]
+    if params.min_p > 0:
+        order = order[scores[order] >= math.log(params.min_p)]
+    if 0 < params.top_k < len(order):
+        order = order[scores[order] >= scores[order[params.top_k - 1]]]
     weights = np.exp(scores[order])
-    if row.top_p < 1.0:
+    if params.top_p < 1.0:
         before = np.cumsum(weights) - weights
-        last = scores[order[(before < row.top_p * weights.sum()).sum() - 1]]
+        last = scores[order[(before < params.top_p * weights.sum()).sum() - 1]]
         order = order[scores[order] >= last]
     kept = np.sort(order)
     cumulative = np.cumsum(np.exp(scores[kept]))
-    chance = uniform(row.seed, row.position)
+    chance = uniform(params.seed or 0, len(row.ids))
     return int(kept[np.searchsorted(cumulative, chance * cumulative[-1], side="right")])
 
 
@@ -45,18 +67,30 @@ def noise(num_rows: int, *, scale: float, seed: int = 0) -> npt.NDArray[np.float
     return noise.astype(np.float32)
 
 
-def mixed_rows(num_rows: int) -> list[SamplingRow]:
+def mixed_rows(num_rows: int) -> list[Row]:
     """Every combination of settings, in one batch."""
     rng = np.random.default_rng(3)
+    few = [int(i) for i in rng.integers(0, NUM_IDS, 20)]
     return [
-        SamplingRow(
+        row(
+            position=100 + index,
+            ids=[int(i) for i in rng.choice(few, 50)],
+            num_generated=int(rng.integers(0, 50)),
             temperature=float(rng.choice([0.0, 1e-6, 0.3, 1.0, 2.0])),
             top_p=float(rng.choice([0.01, 0.6, 0.95, 0.9999, 1.0])),
-            top_k=int(rng.choice([0, 1, 5, NUM_CANDIDATES, 300, NUM_IDS, 10 * NUM_IDS])),
+            top_k=int(rng.choice([0, 0, 1, 5, NUM_CANDIDATES, 300, NUM_IDS, 10 * NUM_IDS])),
+            min_p=float(rng.choice([0.0, 0.0, 0.001, 0.3, 1.0])),
             repetition_penalty=float(rng.choice([1.0, 1.3])),
+            presence_penalty=float(rng.choice([0.0, 1.5, -0.5])),
+            frequency_penalty=float(rng.choice([0.0, 0.25, -2.0])),
+            logit_bias=tuple(
+                (int(i), float(rng.uniform(-9, 9))) for i in set(rng.integers(0, NUM_IDS, 9))
+            )
+            if rng.random() < 0.3
+            else (),
+            min_tokens=int(rng.choice([0, 40])),
+            stop_token_ids=tuple(int(i) for i in rng.integers(0, NUM_IDS, 200)),
             seed=int(rng.integers(-(2**62), 2**62)),
-            position=index,
-            seen_ids=[int(i) for i in rng.integers(0, NUM_IDS, 50)],
         )
         for index in range(num_rows)
     ]
@@ -65,7 +99,7 @@ def mixed_rows(num_rows: int) -> list[SamplingRow]:
 @pytest.mark.parametrize("scale", [0.1, 1.0, 4.0, 30.0])
 def test_a_mixed_batch_equals_the_sorted_reference(scale: float) -> None:
     """From a nucleus that is nearly all ids (scale 0.1) to one that is a single id (30)."""
-    logits, rows = noise(120, scale=scale), mixed_rows(120)
+    logits, rows = noise(400, scale=scale), mixed_rows(400)
     expected = [reference(logits[index], row) for index, row in enumerate(rows)]
     assert sample(torch.from_numpy(logits.copy()), rows) == expected
 
@@ -81,14 +115,14 @@ def test_neighbours_change_nothing() -> None:
 
 def test_the_draw_follows_the_distribution() -> None:
     logits = torch.tensor([0.5, 0.3, 0.2]).log().repeat(6000, 1)
-    rows = [replace(PLAIN, position=position) for position in range(6000)]
+    rows = [row(position=position) for position in range(6000)]
     counts = np.bincount(np.array(sample(logits, rows)), minlength=3) / 6000
     assert np.abs(counts - [0.5, 0.3, 0.2]).max() < 0.02
 
 
 def test_the_draw_depends_on_seed_and_position() -> None:
     logits = torch.zeros(4, NUM_IDS)
-    rows = [PLAIN, PLAIN, replace(PLAIN, seed=2), replace(PLAIN, position=8)]
+    rows = [row(), row(), row(seed=2), row(position=8)]
     first, same, other_seed, other_position = sample(logits, rows)
     assert first == same
     assert len({first, other_seed, other_position}) == 3
@@ -98,34 +132,59 @@ def test_equal_scores_are_kept_together() -> None:
     """Three ids share the first place: top_k 1 and a tiny top_p both keep all three."""
     logits = torch.full((600, NUM_IDS), -5.0)
     logits[:, [7, 400, 999]] = 3.0
-    rows = [replace(PLAIN, top_k=1, position=position) for position in range(300)]
-    rows += [replace(PLAIN, top_p=0.01, position=position) for position in range(300)]
+    rows = [row(top_k=1, position=position) for position in range(300)]
+    rows += [row(top_p=0.01, position=position) for position in range(300)]
     ids = sample(logits, rows)
     assert set(ids[:300]) == set(ids[300:]) == {7, 400, 999}
 
 
 def test_more_equal_scores_than_candidates_are_still_kept_together() -> None:
     logits = torch.zeros(2000, NUM_IDS)
-    rows = [replace(PLAIN, top_k=1, position=position) for position in range(2000)]
+    rows = [row(top_k=1, position=position) for position in range(2000)]
     assert len(set(sample(logits, rows))) > 2 * NUM_CANDIDATES
 
 
-@pytest.mark.parametrize("row", [PLAIN, replace(PLAIN, top_p=0.5), replace(PLAIN, temperature=0.0)])
-def test_an_unusable_row_fails_alone(row: SamplingRow) -> None:
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.5}, {"min_p": 0.5}, {"temperature": 0.0}])
+def test_an_unusable_row_fails_alone(params: dict[str, float]) -> None:
     logits = torch.zeros(4, NUM_IDS)
     logits[0, 3] = math.nan
     logits[1] = -math.inf
     logits[2, 5] = math.inf
     logits[3, 42] = 100.0
-    assert sample(logits, [row] * 4) == [None, None, None, 42]
+    assert sample(logits, [row(**params)] * 4) == [None, None, None, 42]
 
 
 @pytest.mark.parametrize("top_p", [0.5, 1.0])
 def test_a_masked_id_is_never_drawn(top_p: float) -> None:
     logits = torch.zeros(500, NUM_IDS)
     logits[:, 3:] = -math.inf
-    rows = [replace(PLAIN, top_p=top_p, position=position) for position in range(500)]
+    rows = [row(top_p=top_p, position=position) for position in range(500)]
     assert set(sample(logits, rows)) <= {0, 1, 2}
+
+
+def test_what_was_said_is_said_less_often_and_what_was_asked_is_not() -> None:
+    """The prompt counts for repetition only."""
+    logits = torch.zeros(2, NUM_IDS)
+    logits[:, 5], logits[:, 6] = 1.0, 0.9
+    asked = row(ids=[5, 5], num_generated=0, temperature=0.0, presence_penalty=1.0)
+    said = row(ids=[5, 5], num_generated=2, temperature=0.0, frequency_penalty=0.1)
+    assert sample(logits, [asked, said]) == [5, 6]
+
+
+def test_an_end_waits_for_the_least_number_of_tokens() -> None:
+    logits = torch.zeros(2, NUM_IDS)
+    logits[:, 9], logits[:, 4] = 5.0, 1.0
+    ends = {"temperature": 0.0, "min_tokens": 3, "stop_token_ids": (9,)}
+    assert sample(logits, [row(num_generated=2, **ends), row(num_generated=3, **ends)]) == [4, 9]
+
+
+def test_a_bias_may_force_and_forbid() -> None:
+    logits = noise(1, scale=1.0)
+    best = int(logits[0].argmax())
+    biases = (((17, 100.0),), ((best, -100.0),))
+    rows = [row(temperature=0.0, logit_bias=bias) for bias in biases]
+    forced, other = sample(torch.from_numpy(logits.repeat(2, axis=0)), rows)
+    assert forced == 17 and other != best
 
 
 def test_uniform_covers_its_interval() -> None:

@@ -47,6 +47,16 @@ def test_an_empty_prompt_and_an_empty_answer_are_refused() -> None:
         check(make_request(max_tokens=0))
 
 
+@pytest.mark.parametrize("name", ["logit_bias", "stop_token_ids"])
+@pytest.mark.parametrize("token_id", [-1, FACTS.logits_width, 2**62])
+def test_ids_that_would_index_the_logits_are_checked(name: str, token_id: int) -> None:
+    ids = ((token_id, 1.0),) if name == "logit_bias" else (token_id,)
+    good = make_request()
+    with pytest.raises(InvalidRequest) as raised:
+        check(replace(good, sampling=replace(good.sampling, **{name: ids})))
+    assert raised.value.param == name
+
+
 def test_prompt_and_answer_together_must_fit() -> None:
     check(make_request(prompt=(1,) * 200, max_tokens=56))
     with pytest.raises(PromptTooLong, match="256 tokens"):
