@@ -39,7 +39,6 @@ class PrefixKeys:
         state.update(array("q", sequence.token_ids[first:last]).tobytes())
         for medium in sequence.media:
             if medium.start < last and first < medium.stop:
-                # Which of its features stand here, and of which pixels they were made.
-                state.update(array("q", [medium.start - first]).tobytes())
+                # Which of its features stand here follows from the blocks before and the ids.
                 state.update(hashlib.sha256(medium.vision.digest.encode()).digest())
         return state.digest()

@@ -231,6 +231,21 @@ def test_an_answer_that_finds_no_block_makes_the_last_one_wait() -> None:
         assert ids(events, name) == ids(expected, name)
 
 
+def test_one_who_had_to_go_back_comes_before_those_who_never_ran() -> None:
+    scheduler, cache = make_scheduler(num_blocks=6), FakeCache(4)
+    for name in "ab":
+        scheduler.add(make_sequence(name, prompt=(ord(name),) * 7, max_tokens=9))
+    batch = scheduler.schedule()
+    assert batch is not None
+    scheduler.commit(batch, cache.run(batch))
+    scheduler.add(make_sequence("c", prompt=(9,) * 20, max_tokens=1))
+    joined = []
+    while batch := scheduler.schedule():
+        joined += [sequence.request_id for sequence in batch.joined]
+        scheduler.commit(batch, cache.run(batch))
+    assert joined[0] == "b" and joined[-1] == "c"
+
+
 def test_the_same_beginning_is_computed_once() -> None:
     scheduler, cache = make_scheduler(num_blocks=64, max_tokens=100), FakeCache(4)
     prompt = tuple(range(30))
@@ -276,8 +291,9 @@ def test_pictures_of_equal_size_never_share_a_block() -> None:
         assert answer(scheduler, cache)[0].num_cached_tokens == num_cached, name
 
 
-def test_two_who_show_the_same_picture_have_it_encoded_once() -> None:
-    scheduler, cache = make_scheduler(num_blocks=64, max_tokens=6), FakeCache(4)
+@pytest.mark.parametrize("max_tokens", [6, 100])
+def test_two_who_show_the_same_picture_have_it_encoded_once(max_tokens: int) -> None:
+    scheduler, cache = make_scheduler(num_blocks=64, max_tokens=max_tokens), FakeCache(4)
     scheduler.add(make_sequence("a", prompt=(1, 2, PICTURE), max_tokens=1))
     scheduler.add(make_sequence("b", prompt=(3, 4, PICTURE), max_tokens=1))
     answer(scheduler, cache)
