@@ -6,8 +6,10 @@ counted, and not a token longer than anybody listens, does.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +187,41 @@ def test_an_answer_nobody_waits_for_is_not_made(tiny: RunningServer) -> None:
     stream = complete(tiny, "hi", max_tokens=4000, stream=True, extra_body={"ignore_eos": True})
     assert next(iter(stream)).choices[0].delta.role == "assistant"
     stream.close()
+
+
+def test_many_at_once_are_answered_as_each_alone(tiny: RunningServer) -> None:
+    """Text, pictures and videos together, and none waits for the end of another."""
+    contents = [*CONTENTS.values()] * 4
+    alone = {
+        str(content): complete(tiny, content).choices[0].message.content for content in contents
+    }
+    together_now = threading.Barrier(len(contents))
+
+    def ask(content: Any) -> str:
+        together_now.wait()
+        return str(complete(tiny, content).choices[0].message.content)
+
+    with ThreadPoolExecutor(len(contents)) as pool:
+        together = list(pool.map(ask, contents))
+    assert together == [alone[str(content)] for content in contents]
+
+
+def test_a_later_short_request_overtakes_a_long_answer(tiny: RunningServer) -> None:
+    body = {"ignore_eos": True}
+    stream = complete(tiny, "long", stream=True, max_tokens=1500, extra_body=body)
+    next(iter(stream))
+    assert complete(tiny, "short", max_tokens=2).usage.completion_tokens <= 2
+    chunks = [chunk for chunk in stream if chunk.choices]
+    assert len(chunks) > 1  # it went on after the short one was answered
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_sampling_fields_are_honoured(tiny: RunningServer) -> None:
+    """A bias of 100 makes one id certain ("b"); as an end of the answer it is no part of it."""
+    forced = {"logit_bias": {"65": 100}, "max_tokens": 5, "extra_body": {"ignore_eos": True}}
+    assert complete(tiny, "x", **forced).choices[0].message.content == "bbbbb"
+    ended = complete(
+        tiny, "x", logit_bias={"65": 100}, extra_body={"stop_token_ids": [65], "min_tokens": 2}
+    )
+    assert ended.choices[0].finish_reason == "stop"
+    assert ended.usage.completion_tokens == 3
