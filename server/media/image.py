@@ -8,6 +8,7 @@ pixels are for.
 """
 
 import io
+import zlib
 from typing import Final
 
 import numpy as np
@@ -28,6 +29,19 @@ _UPRIGHT: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 _MAX_OPEN_PIXELS: Final = 2 * 89_478_485  # where Pillow's own bomb check begins to raise
+
+
+# Samples a pixel by colour type, and the passes of an interlaced picture (PNG 11.2.2 and 8.2).
+_PNG_CHANNELS: Final = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_ADAM7: Final = (
+    (0, 0, 8, 8),
+    (4, 0, 8, 8),
+    (0, 4, 4, 8),
+    (2, 0, 4, 4),
+    (0, 2, 2, 4),
+    (1, 0, 2, 2),
+    (0, 1, 1, 2),
+)
 
 
 def sniff_image(data: bytes) -> str | None:
@@ -59,6 +73,8 @@ def decode_image(data: bytes, config: MediaConfig) -> Image.Image:
             _check_size(image.size, config)
             image.load()
             if image_format == "PNG":
+                if _may_lack_rows(image, data) and not _has_all_png_rows(data, image.size):
+                    raise MediaError("The image is damaged or incomplete.", kind="image")
                 _scale_transparent_colour(image, bit_depth=data[24])
             orientation = _orientation(image)
             rgb = to_rgb(image)
@@ -86,6 +102,35 @@ def _has_jpeg_end(data: bytes) -> bool:
         else:
             position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
     return True  # no scan where one should be: the decoder says what is wrong
+
+
+def _may_lack_rows(image: Image.Image, data: bytes) -> bool:
+    """Rows that no data came for are zeros; in an interlaced picture they lie among the others."""
+    width, height = image.size
+    is_interlaced = data[28] == 1
+    last_row = image.crop((0, height - 1, width, height))
+    return is_interlaced or last_row.getbbox(alpha_only=False) is None
+
+
+def _has_all_png_rows(data: bytes, size: tuple[int, int]) -> bool:
+    """Whether the compressed stream holds every row: the decoder is content with fewer."""
+    bits = data[24] * _PNG_CHANNELS[data[25]]
+    expected = 0
+    for left, top, right_step, down_step in _ADAM7 if data[28] == 1 else ((0, 0, 1, 1),):
+        columns = -(-(size[0] - left) // right_step)
+        rows = -(-(size[1] - top) // down_step)
+        if columns > 0 and rows > 0:
+            expected += rows * (1 + -(-columns * bits // 8))
+    stream, found, position = zlib.decompressobj(), 0, 8
+    while position < len(data) and found < expected:
+        length = int.from_bytes(data[position : position + 4], "big")
+        if data[position + 4 : position + 8] == b"IDAT":
+            piece = data[position + 8 : position + 8 + length]
+            while piece and not stream.eof:  # never more in memory than one piece at a time
+                found += len(stream.decompress(piece, 1 << 20))
+                piece = stream.unconsumed_tail
+        position += 12 + length
+    return found >= expected
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -313,6 +313,45 @@ def test_a_truncated_picture_is_refused_or_whole(image_format: str) -> None:
         assert pixels == whole
 
 
+def png_of(
+    rows: bytes, size: tuple[int, int], *, depth: int, colour: int, interlaced: bool
+) -> bytes:
+    """A PNG whose compressed stream holds just these bytes, in two chunks."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, int(interlaced))
+    stream = zlib.compress(rows)
+    half = len(stream) // 2
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", stream[:half]), chunk(b"IDAT", stream[half:])]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("size", "depth", "colour", "interlaced", "num_bytes"),
+    [
+        ((10, 6), 8, 2, False, 6 * 31),
+        ((10, 6), 1, 0, False, 6 * 3),
+        ((10, 6), 16, 6, False, 6 * 81),
+        # Passes of 2x1, 1x1, 3x1, 2x2, 5x1, 5x3 and 10x3 pixels, and a byte for each of their rows.
+        ((10, 6), 8, 0, True, 3 + 2 + 4 + 6 + 6 + 18 + 33),
+    ],
+)
+def test_a_png_that_lacks_rows_is_refused(
+    size: tuple[int, int], depth: int, colour: int, interlaced: bool, num_bytes: int
+) -> None:
+    def png(length: int) -> bytes:
+        return png_of(bytes(length), size, depth=depth, colour=colour, interlaced=interlaced)
+
+    assert len(decoded(png(num_bytes))) == size[0] * size[1]  # black all over, and whole
+    for length in (num_bytes - 1, num_bytes // 2, 1):
+        with pytest.raises(MediaError, match="damaged or incomplete"):
+            decoded(png(length))
+
+
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("part", [0.3, 0.6, 0.95])
 def test_a_jpeg_whose_end_is_zeros_is_refused(progressive: bool, part: float) -> None:
