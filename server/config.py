@@ -115,6 +115,7 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=
     max_tokens_per_step: PositiveInt | None = None
     max_requests_running: PositiveInt = 256
     max_requests_waiting: PositiveInt = 256
+    max_wait_s: PositiveFloat = 60.0
     max_requests_per_key: PositiveInt = 64
     loading_timeout_s: PositiveFloat = 300.0
     step_timeout_s: PositiveFloat = 30.0

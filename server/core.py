@@ -100,10 +100,10 @@ class VisionInput:
 class SamplingParams:
     """How the tokens of one request are chosen and when they end.
 
-    `temperature` 0 is greedy. `top_k` 0 and `min_p` 0 are off. `logit_bias` holds (id, what is
-    added to its logit). `stop_token_ids` end the answer and are not part of its text; whether the
-    model's own ends are among them was decided by `ignore_eos`. None of them is chosen before the
-    answer has `min_tokens`.
+    `temperature` 0, or nearly, is greedy. `top_k` 0 and `min_p` 0 are off. `logit_bias` holds (id,
+    what is added to its logit). `stop_token_ids` end the answer and are not part of its text;
+    whether the model's own ends are among them was decided by `ignore_eos`. None of them is chosen
+    before the answer has `min_tokens`.
     """
 
     max_tokens: int

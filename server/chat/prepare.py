@@ -43,7 +43,6 @@ from server.vision.frames import sample_times, video_tiles
 from server.vision.tiles import fit_to_tile, image_tiles
 
 MAX_BYTES_PER_CONTEXT_TOKEN = 16
-GREEDY_BELOW_TEMPERATURE = 1e-5
 
 _T = TypeVar("_T")
 
@@ -263,7 +262,6 @@ class Preparer:
 
     def _sampling(self, request: ChatRequest, *, max_tokens: int) -> SamplingParams:
         defaults, neutral = self.facts.defaults, SamplingParams(max_tokens)
-        temperature = _first(request.temperature, defaults.temperature, neutral.temperature)
         if request.min_tokens > max_tokens:
             raise InvalidRequest(
                 f"min_tokens is {request.min_tokens}, more than the {max_tokens} tokens that the "
@@ -277,8 +275,7 @@ class Preparer:
                 ends.append(self.facts.im_end_id)  # without tools nothing can follow it
         return SamplingParams(
             max_tokens=max_tokens,
-            # Dividing by less than this gives no other answer than the likeliest token.
-            temperature=0.0 if temperature < GREEDY_BELOW_TEMPERATURE else temperature,
+            temperature=_first(request.temperature, defaults.temperature, neutral.temperature),
             top_p=_first(request.top_p, defaults.top_p, neutral.top_p),
             top_k=_first(request.top_k, defaults.top_k, neutral.top_k),
             repetition_penalty=_first(

@@ -85,6 +85,13 @@ class BlockPool:
             self._block_of[key] = block_id
             self._key_of[block_id] = key
 
+    def forget(self, block_ids: Iterable[int]) -> None:
+        """What these held blocks hold is not to be found any more."""
+        for block_id in block_ids:
+            key = self._key_of.pop(block_id, None)
+            if key is not None:
+                del self._block_of[key]
+
     def find(self, keys: Iterable[bytes]) -> list[int]:
         """The blocks of the first keys, as far as they are known without a gap."""
         block_ids: list[int] = []

@@ -129,6 +129,7 @@ class EngineClient:
         """`on_loading` is told the bytes of weights read so far and in all, also at a restart."""
         self._vision = vision
         self._max_requests_waiting = engine.max_requests_waiting
+        self._max_wait_s = engine.max_wait_s
         self._max_requests_per_tenant = max_requests_per_tenant
         self._on_loading = on_loading
         self._requests: dict[str, _Admitted] = {}  # in the order of arrival
@@ -188,6 +189,7 @@ class EngineClient:
         admitted = _Admitted(request, submit_frames(request, tiles))
         self._requests[request.request_id] = admitted
         self._process.send(admitted.frames)
+        self._limit_wait(admitted)
         return TokenStream(admitted.mailbox, partial(self._abort_from_anywhere, request.request_id))
 
     def on_loading(self, num_bytes: int, total_bytes: int) -> None:
@@ -229,7 +231,9 @@ class EngineClient:
                 self._end(admitted, "internal_error")
 
     def _send_next_suspect(self) -> None:
-        """Those that a crash has met go one after another: the next one meets the guilty alone."""
+        """Those that a crash has met go one after another, so that one is guilty of the next."""
+        if self._process.status != "ready":
+            return  # nothing would be sent; `on_ready` asks again
         suspects = [admitted for admitted in self._requests.values() if admitted.num_crashes]
         unanswered = [admitted for admitted in suspects if admitted.frames]
         if unanswered and all(admitted.is_held_back for admitted in unanswered):
@@ -269,6 +273,21 @@ class EngineClient:
             or num_bytes + sum(medium.nbytes for medium in tiles) > MAX_WAITING_TILE_BYTES
         ):
             raise Unavailable
+
+    def _limit_wait(self, admitted: _Admitted) -> None:
+        """Whoever still waits after the longest wait is told so; a restart does not count."""
+
+        def expire() -> None:
+            request_id = admitted.request.request_id
+            if self._requests.get(request_id) is not admitted or not admitted.is_waiting:
+                return
+            if self._process.status != "ready" or admitted.num_crashes:
+                self._limit_wait(admitted)
+                return
+            self._process.send([encode(Abort(request_id))])
+            self._end(admitted, "server_is_overloaded")
+
+        asyncio.get_running_loop().call_later(self._max_wait_s, expire)
 
     def _abort_from_anywhere(self, request_id: str) -> None:
         """From a finaliser, so possibly from another thread or after the end of the loop."""

@@ -34,6 +34,7 @@ class Encoding:
     num_tiles_encoded: int = 0
     features: dict[int, Tensor] = field(default_factory=dict)
     embeds: Tensor | None = None
+    is_forgotten: bool = False
 
     @property
     def is_complete(self) -> bool:
@@ -96,10 +97,18 @@ class EncoderCache:
             return
         del self._holders[key], self._held[key]
         self._held_bytes -= encoding.num_bytes
-        if encoding.is_complete:
+        if encoding.is_complete and not encoding.is_forgotten:
             self._kept[key] = encoding
             self._kept_bytes += encoding.num_bytes
             self._shrink()
+
+    def forget(self, tenant: str, vision: VisionInput) -> None:
+        """What was made of this medium is not kept, or no longer once its holders have let go."""
+        key = tenant, vision.digest
+        if key in self._held:
+            self._held[key].is_forgotten = True
+        elif key in self._kept:
+            self._kept_bytes -= self._kept.pop(key).num_bytes
 
     def check(self, held: Iterable[Encoding]) -> None:
         """The counts are those of `held`, one for each holder, and the bytes add up."""

@@ -161,18 +161,18 @@ def _draw_among_few(
     has_few = top_ks <= num_candidates
     kth = values.gather(1, top_ks.clamp(max=num_candidates)[:, None] - 1)
     kept = torch.where(has_few[:, None], values >= kth, True) & (values >= least)
+    # Where even the last candidate is kept, others like it may have been left out.
+    is_enough = ~kept[:, -1] | ~has_few & (top_ks >= num_ids)
     weights = torch.where(kept, values.exp().double(), 0.0)
     totals = torch.where(has_few[:, None], weights.sum(dim=-1, keepdim=True), totals)
     before = weights.cumsum(dim=-1) - weights
     kept &= before < _column([_share(row) for row in rows], scores) * totals
-    # Where the last candidate is kept, others like it may have been left out.
-    is_enough = ~kept[:, -1] if num_candidates < num_ids else torch.ones_like(has_few)
-    is_enough &= has_few | (top_ks >= num_ids)
     # An id whose score equals the last one kept belongs in, though the sum is reached before it.
     last_kept = values.gather(1, kept.sum(dim=-1, keepdim=True) - 1)
     kept = values >= last_kept
-    if num_candidates < num_ids:
-        is_enough &= ~kept[:, -1]
+    is_enough &= ~kept[:, -1]
+    if num_candidates == num_ids:
+        is_enough = torch.ones_like(is_enough)
     by_id = candidates.argsort(dim=-1)
     weights = torch.where(kept, values.exp(), 0.0).gather(1, by_id)
     picked = _pick(weights, chances)

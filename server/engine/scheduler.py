@@ -36,6 +36,10 @@ SHARE_OF_THE_ELDEST = 4
 """One part in so many of what prompts may take is the eldest's, so that it is never starved."""
 
 
+MAX_TILE_BYTES = 1 << 30
+"""The pixels of all running sequences, which are kept in case one has to be computed again."""
+
+
 class WaitingLine:
     """First come, first served within a tenant; tenants take turns."""
 
@@ -55,7 +59,7 @@ class WaitingLine:
         self._num_waiting += 1
 
     def put_back(self, sequence: Sequence) -> None:
-        """Before everybody else: it has been here before."""
+        """Before the others of its tenant, whose turn is the next: it has been here before."""
         line = self._line_of(sequence)
         line[sequence.request_id] = sequence
         line.move_to_end(sequence.request_id, last=False)
@@ -143,7 +147,12 @@ class Scheduler:
         return self._end(request_id, "abort")
 
     def fail(self, request_id: str, *, error_code: str) -> list[TokenEvent]:
-        """Ends the request because it cannot be computed."""
+        """Ends the request because it cannot be computed; what it made is of no use to others."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self.pool.forget(sequence.block_table)
+            for medium in sequence.media:
+                self.encoder_cache.forget(sequence.request.tenant, medium.vision)
         return self._end(request_id, "error", error_code=error_code)
 
     def schedule(self) -> Batch | None:
@@ -152,8 +161,8 @@ class Scheduler:
         plan = _Plan()
         prompts: list[Sequence] = []
         for sequence in self._running:
-            if sequence.num_to_compute == 1:
-                self._advance(sequence, 1, plan)
+            if sequence.is_answering:
+                plan.spans.append(Span(sequence, sequence.num_computed, len(sequence)))
             else:
                 prompts.append(sequence)
         self._advance_prompts(prompts, plan)
@@ -235,7 +244,10 @@ class Scheduler:
         self.pool.share(shared)
         missing = self.pool.blocks_for(len(sequence)) - len(shared)
         # Everybody who runs will soon want another block.
-        is_enough = missing + len(self._running) <= self.pool.num_free or not self._running
+        is_enough = (
+            missing + len(self._running) <= self.pool.num_free
+            and self._tile_bytes() + sequence.num_tile_bytes <= MAX_TILE_BYTES
+        ) or not self._running
         if not is_enough or not self.encoder_cache.has_room(
             tenant, [medium.vision for medium in media]
         ):
@@ -243,17 +255,20 @@ class Scheduler:
             return False
         sequence.block_table = shared + self.pool.allocate(missing)
         sequence.num_computed = num_shared
-        if not sequence.num_generated:
+        if sequence.num_cached is None:
             sequence.num_cached = num_shared
         for medium in media:
             medium.encoding = self.encoder_cache.acquire(tenant, medium.vision)
         return True
 
+    def _tile_bytes(self) -> int:
+        return sum(sequence.num_tile_bytes for sequence in self._running)
+
     def _advance_prompts(self, prompts: list[Sequence], plan: _Plan) -> None:
         left = max(1, self._budget.max_tokens - len(plan.spans))
         if plan.spans:
             left = min(left, self._budget.max_tokens_beside_answers)
-        reserved = left // SHARE_OF_THE_ELDEST
+        reserved = -(-left // SHARE_OF_THE_ELDEST)
         for sequence in sorted(prompts, key=lambda sequence: sequence.num_to_compute):
             is_eldest = sequence is prompts[0]
             if is_eldest:
@@ -320,7 +335,7 @@ class Scheduler:
             sequence.request_id,
             token_id,
             reason,
-            num_cached_tokens=sequence.num_cached if is_first else 0,
+            num_cached_tokens=sequence.num_cached or 0 if is_first else 0,
         )
 
     def _end(

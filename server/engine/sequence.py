@@ -47,7 +47,7 @@ class Sequence:
     media: list[Medium]
     status: SequenceStatus = "waiting"
     num_computed: int = 0
-    num_cached: int = 0
+    num_cached: int | None = None
     """Of the prompt: how much of it was in the cache when the sequence first joined."""
     block_table: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
@@ -77,6 +77,17 @@ class Sequence:
     @property
     def num_to_compute(self) -> int:
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether one position is left to compute, and nothing that has to be encoded first."""
+        return self.num_to_compute == 1 and all(
+            medium.encoding is None or medium.encoding.is_complete for medium in self.media
+        )
+
+    @property
+    def num_tile_bytes(self) -> int:
+        return sum(medium.tiles.nbytes for medium in self.media)
 
     @property
     def max_tokens(self) -> int:

@@ -62,7 +62,7 @@ class Worker:
             self._drain_inbox(block=self._scheduler.idle)
             if batch := self._scheduler.schedule():
                 self._announce(batch)
-                self._emit(self._step(batch))
+                self._step(batch)
 
     def _drain_inbox(self, *, block: bool) -> None:
         if block:
@@ -95,7 +95,7 @@ class Worker:
         except ServerError as error:
             self._emit([TokenEvent(request.request_id, None, "error", error.code)])
 
-    def _step(self, batch: Batch) -> list[TokenEvent]:
+    def _step(self, batch: Batch) -> None:
         try:
             outputs = self._runner.run(batch)
         except DeviceError:
@@ -104,19 +104,21 @@ class Worker:
             if self._last_step_failed:
                 raise
             _log.exception("A step failed; running it again, one sequence at a time.")
-            self._last_step_failed = True
-            return [
-                event for sequence, part in batch.alone() for event in self._alone(sequence, part)
-            ]
+            succeeded = [self._alone(sequence, part) for sequence, part in batch.alone()]
+            self._last_step_failed = not any(succeeded)
+            return
         self._last_step_failed = False
-        return self._scheduler.commit(batch, outputs)
+        self._emit(self._scheduler.commit(batch, outputs))
 
-    def _alone(self, sequence: Sequence, batch: Batch) -> list[TokenEvent]:
+    def _alone(self, sequence: Sequence, batch: Batch) -> bool:
+        """Whether it could be computed. Told at once: together they may take long."""
         try:
             outputs = self._runner.run(batch)
         except DeviceError:
             raise
         except Exception:
             _log.exception("A request failed alone.")
-            return self._scheduler.fail(sequence.request_id, error_code="internal_error")
-        return self._scheduler.commit(batch, outputs)
+            self._emit(self._scheduler.fail(sequence.request_id, error_code="internal_error"))
+            return False
+        self._emit(self._scheduler.commit(batch, outputs))
+        return True

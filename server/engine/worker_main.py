@@ -121,7 +121,8 @@ def _load(channel: SocketChannel, wrap: Callable[[Runner], StepRunner]) -> Worke
             bytes_per_token=info.text.hidden_size * DTYPE_BYTES[dtype],
         ),
         budget=budget,
-        max_running=start.max_requests_running,
+        # Each of them takes a position of every step.
+        max_running=min(start.max_requests_running, budget.max_tokens),
     )
     facts = EngineFacts(
         logits_width=info.text.logits_rows,

@@ -206,7 +206,9 @@ def read_checkpoint(path: Path) -> CheckpointInfo:
         context_length=_context_length(text_keys, layout),
         tokenizer_size=too_large + 1,
         missing_token_ids=tuple(sorted(set(range(too_large + 1)) - set(tokens.values()))),
-        stop_token_ids=_stop_ids(tokens, [config, text_values, generation], turn_end),
+        stop_token_ids=_stop_ids(
+            tokens, [config, text_values, generation], turn_end, logits_rows=text.logits_rows
+        ),
         turn_end_token_id=turn_end,
         sampling=_read_sampling(Keys([("generation_config.json", generation)])),
         num_parameters=sum(entry.num_elements for entry in used.values()),
@@ -651,16 +653,21 @@ def _read_tokens(path: Path) -> dict[str, int]:
 
 
 def _stop_ids(
-    tokens: Mapping[str, int], configs: Sequence[Mapping[str, Any]], turn_end: int | None
+    tokens: Mapping[str, int],
+    configs: Sequence[Mapping[str, Any]],
+    turn_end: int | None,
+    *,
+    logits_rows: int,
 ) -> tuple[int, ...]:
-    """The family's ends by name, and every eos id that any config names."""
+    """The family's ends by name, and every eos id that any config names and the model can give."""
     ids = {tokens[token] for token in STOP_TOKENS if token in tokens}
     for config in configs:
         eos = config.get("eos_token_id")
         for token_id in eos if isinstance(eos, list) else [eos]:
             if type(token_id) is int:
                 ids.add(token_id)
-    return tuple(sorted(ids - {turn_end}))
+    possible = {token_id for token_id in ids if 0 <= token_id < logits_rows}
+    return tuple(sorted(possible - {turn_end}))
 
 
 def _read_sampling(keys: Keys) -> SamplingDefaults:

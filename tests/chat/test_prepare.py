@@ -278,12 +278,6 @@ async def test_the_request_comes_before_the_checkpoint_before_neutral(
     with_defaults.close()
 
 
-async def test_tiny_temperatures_are_greedy(preparer: Preparer) -> None:
-    for temperature, expected in [(9e-6, 0.0), (1e-5, 1e-5), (0.7, 0.7)]:
-        prepared = await prepare(preparer, user(text("x")), temperature=temperature)
-        assert prepared.request.sampling.temperature == expected
-
-
 async def test_ends(preparer: Preparer, facts: ModelFacts) -> None:
     prepared = await prepare(preparer, user(text("x")), seed=7)
     assert prepared.request.sampling.stop_token_ids == (*facts.stop_token_ids, facts.im_end_id)

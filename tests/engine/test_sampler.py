@@ -144,6 +144,16 @@ def test_more_equal_scores_than_candidates_are_still_kept_together() -> None:
     assert len(set(sample(logits, rows))) > 2 * NUM_CANDIDATES
 
 
+def test_scores_equal_to_the_kth_beyond_the_candidates_count_in_the_nucleus() -> None:
+    """Ten leaders hold far less than the share asked for, of all that top_k keeps."""
+    logits = np.zeros((400, 500), np.float32)
+    logits[:, :10] = 1.0
+    rows = [row(top_k=100, top_p=0.15, position=position) for position in range(400)]
+    expected = [reference(each, asked) for each, asked in zip(logits, rows, strict=True)]
+    assert sample(torch.from_numpy(logits.copy()), rows) == expected
+    assert any(token_id is not None and token_id >= 10 for token_id in expected)
+
+
 @pytest.mark.parametrize("params", [{}, {"top_p": 0.5}, {"min_p": 0.5}, {"temperature": 0.0}])
 def test_an_unusable_row_fails_alone(params: dict[str, float]) -> None:
     logits = torch.zeros(4, NUM_IDS)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from server.core import TokenEvent, VisionInput
+from server.engine import scheduler as scheduler_module
 from server.engine.blocks import BlockPool
 from server.engine.encodings import EncoderCache
 from server.engine.scheduler import Scheduler
@@ -311,6 +312,56 @@ def test_nothing_is_encoded_for_a_picture_behind_cached_blocks() -> None:
     assert cache.num_tiles == len(PICTURE.layout.tile_queries)
 
 
+def test_a_medium_that_ends_a_cached_prompt_is_encoded_again() -> None:
+    """One position is left, and what stands there was made of pixels and is not kept."""
+    scheduler = make_scheduler(num_blocks=64, encoder_bytes=0, tokens_per_tile=5)
+    cache = FakeCache(4)
+    for name in "ab":
+        scheduler.add(make_sequence(name, prompt=(1, 2, 3, PICTURE), max_tokens=1))
+        events = answer(scheduler, cache)
+        assert [event.finish_reason for event in events] == ["length"]
+    assert events[0].num_cached_tokens == 16
+
+
+def test_what_a_failed_request_made_is_not_shared() -> None:
+    scheduler, cache = make_scheduler(num_blocks=64, max_tokens=12), FakeCache(4)
+    scheduler.add(make_sequence("bad", prompt=(PICTURE, *range(20)), max_tokens=1))
+    for _ in range(2):
+        batch = scheduler.schedule()
+        assert batch is not None
+        scheduler.commit(batch, cache.run(batch))
+    scheduler.fail("bad", error_code="internal_error")
+    scheduler.check()
+    scheduler.add(make_sequence("again", prompt=(PICTURE, *range(20)), max_tokens=1))
+    assert answer(scheduler, cache)[0].num_cached_tokens == 0
+    assert cache.num_tiles == 2 * len(PICTURE.layout.tile_queries)
+
+
+def test_the_pixels_of_all_who_run_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    video = make_sequence("0", prompt=(VIDEO, 1))
+    monkeypatch.setattr(scheduler_module, "MAX_TILE_BYTES", 2 * video.num_tile_bytes)
+    scheduler = make_scheduler(num_blocks=64)
+    for name in "012":
+        scheduler.add(make_sequence(name, prompt=(VIDEO, 1), max_tokens=1))
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert [sequence.request_id for sequence in batch.joined] == ["0", "1"]
+
+
+def test_the_eldest_prompt_gets_its_share_of_very_little() -> None:
+    scheduler = make_scheduler(num_blocks=99, max_tokens=2, max_running=40)
+    cache = FakeCache(4)
+    scheduler.add(make_sequence("eldest", prompt=range(30), max_tokens=1))
+    for step in range(60):
+        scheduler.add(make_sequence(f"short {step}", prompt=(step,) * 5, max_tokens=1))
+        batch = scheduler.schedule()
+        assert batch is not None
+        for event in scheduler.commit(batch, cache.run(batch)):
+            if event.request_id == "eldest":
+                return
+    raise AssertionError("the eldest was starved")
+
+
 def test_one_who_breaks_off_leaves_the_encoding_to_the_other() -> None:
     scheduler = make_scheduler(num_blocks=64, max_tokens=4, max_beside_answers=4)
     cache = FakeCache(4)
@@ -428,8 +479,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def step(self) -> None:
         batch = self.scheduler.schedule()
+        assert (batch is None) == self.scheduler.idle
         if batch is None:
-            assert self.scheduler.idle
             return
         self.judge(batch)
         self.note(self.scheduler.commit(batch, self.cache.run(batch)))

@@ -121,6 +121,38 @@ async def test_what_meets_two_crashes_ends_and_its_neighbours_are_answered(
     assert [len(events) for events in ends.values()] == [2, 2, 2]
 
 
+async def test_a_client_that_leaves_during_a_restart_holds_nobody_back(
+    tiny_checkpoint: Path,
+) -> None:
+    client = make_client(
+        tiny_checkpoint,
+        max_requests_running=2,
+        restart_policy=RestartPolicy(max_delay_s=0.5, first_delay_s=0.5),
+    )
+    async with started(client):
+        slow = [await client.submit(make_request(n, prompt=(SLOW,)), []) for n in "ab"]
+        leaving = await client.submit(make_request("leaving"), [])
+        await until(lambda: sum(a.is_waiting for a in client._requests.values()) == 1)
+        assert client.worker_pid is not None
+        os.kill(client.worker_pid, signal.SIGKILL)
+        await until(lambda: client.status == "restarting")
+        leaving.close()
+        for stream in slow:  # whoever had no token yet is sent again, the others are told
+            (*_, last) = await collect(stream)
+            assert last.finish_reason is not None
+
+
+async def test_who_waits_too_long_is_told_so(tiny_checkpoint: Path) -> None:
+    client = make_client(tiny_checkpoint, max_requests_running=1, max_wait_s=0.3)
+    async with started(client):
+        running = await client.submit(make_request("0", prompt=(SLOW,), max_tokens=400), [])
+        waiting = await client.submit(make_request("1"), [])
+        assert await collect(waiting) == [TokenEvent("1", None, "error", "server_is_overloaded")]
+        assert (await anext(running)).token_id is not None
+        running.close()
+        assert len(await collect(await client.submit(make_request("2", max_tokens=2), []))) == 2
+
+
 async def test_a_hanging_process_is_replaced(tiny_checkpoint: Path) -> None:
     """By a step that never ends, and stopped in its tracks while idle."""
     async with started(make_client(tiny_checkpoint, step_timeout_s=3.0)) as client:

@@ -182,6 +182,29 @@ def test_failed_steps_with_a_good_one_between_do_not() -> None:
     assert [event.finish_reason for event in channel.events] == ["error", "length", "error"]
 
 
+def test_failed_steps_in_which_somebody_is_served_end_nothing() -> None:
+    script: list[list[ToEngine]] = [
+        [submit("good", max_tokens=9), submit("bad")],
+        [submit("worse")],
+        *[[] for _ in range(9)],
+    ]
+    channel, _ = run(script, ScriptedRunner(raise_for("bad", "worse")), max_running=3)
+    ends = {event.request_id: event.finish_reason for event in channel.events}
+    assert ends == {"good": "length", "bad": "error", "worse": "error"}
+
+
+def test_what_is_computed_alone_is_told_at_once() -> None:
+    """Each is a sign of life: all of them together may take longer than a step may."""
+    script: list[list[ToEngine]] = [[submit(n, max_tokens=1) for n in ("a", "bad", "b")]]
+    channel, _ = run(script, ScriptedRunner(raise_for("bad")), max_running=3)
+    progress = [message for message in channel.sent if isinstance(message, Progress)]
+    assert [[event.request_id for event in message.events] for message in progress[:3]] == [
+        ["a"],
+        ["bad"],
+        ["b"],
+    ]
+
+
 def test_a_device_in_doubt_ends_the_process_at_once() -> None:
     def fault(request_id: str) -> None:
         raise DeviceError
