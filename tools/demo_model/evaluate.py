@@ -38,7 +38,7 @@ MEANINGS = {
     "change": "change of a colour",
     "ocr": "text of the `ocr` field",
     FOLLOW_UP: "a later turn about the same picture",
-    "greeting": "greetings and requests outside its world, in wordings of the training",
+    "greeting": "greetings and requests outside its world, in wordings seen in training",
 }
 CLIP_TASKS = ("video", "direction", "change")
 WITHOUT_COMBINATIONS = ("ocr", "greeting")

@@ -224,6 +224,7 @@ def write(folder: Path, tokenizer_json: Path, weights: Mapping[str, Tensor]) -> 
     write_settings(folder, codec, size)
     part = folder / "model.safetensors.part"
     save_file(official_tensors(weights, size), part, metadata={"format": "pt"})
+    part.chmod(0o644)  # as the other files: whoever may read those may load the model
     part.replace(folder / "model.safetensors")
 
 
