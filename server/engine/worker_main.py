@@ -31,7 +31,7 @@ from server.engine.worker import StepRunner, Worker
 from server.errors import CheckpointError, ConfigError
 from server.model.checkpoint import load_model
 from server.model.config import CheckpointInfo, read_checkpoint
-from server.model.layers import has_half_units
+from server.model.layers import has_half_units, pack_linear_layers
 from server.model.tensors import DTYPE_BYTES
 
 _PR_SET_PDEATHSIG = 1
@@ -78,6 +78,7 @@ def _load(channel: SocketChannel, wrap: Callable[[Runner], StepRunner]) -> Worke
         channel.send(Loading(num_bytes, total_bytes))
 
     model = load_model(info, device=device, dtype=dtype, backend=backend, progress=report)
+    pack_linear_layers(model)
     context_length = min(info.context_length, start.max_context or info.context_length)
     block_size = backend.page_size
     num_blocks = _count_blocks(start, info, device, dtype, block_size, context_length)

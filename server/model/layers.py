@@ -44,6 +44,43 @@ def project(layer: nn.Module, hidden: Tensor) -> Tensor:
     return projected
 
 
+class PackedLinear(nn.Module):
+    """A linear layer whose weight lies in the order oneDNN reads it in, and nowhere else.
+
+    oneDNN would otherwise find its way through the plain order in every call.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.bias = layer.bias
+        # No buffer: such a tensor cannot be moved, viewed or saved.
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        rows = hidden.reshape(-1, self.in_features)
+        projected: Tensor = torch.ops.mkldnn._linear_pointwise(
+            rows, self.packed, self.bias, "none", [], ""
+        )
+        return projected.view(*hidden.shape[:-1], self.out_features)
+
+
+def pack_linear_layers(model: nn.Module) -> None:
+    """Packs every linear layer on the CPU that is read through `project`, one after another.
+
+    Only where the CPU multiplies the layer's type itself, and only layers that `forward` is called
+    of: a head is read by its weight.
+    """
+    for module in model.modules():
+        for name, child in list(module.named_children()):
+            if type(child) is not nn.Linear or name == "lm_head":
+                continue
+            weight = child.weight
+            is_fast = weight.dtype == torch.float32 or has_half_units(weight.dtype)
+            if weight.device.type == "cpu" and is_fast:
+                setattr(module, name, PackedLinear(child))
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm; torch widens 16-bit inputs to float32 inside."""
 

@@ -69,7 +69,7 @@ def all_logits(
         pages_each * len(sequences),
         num_kv_heads=config.k_proj.out_features // config.head_dim,
         head_dim=config.head_dim,
-        dtype=config.k_proj.weight.dtype,
+        dtype=model.language_model.embed_tokens.weight.dtype,
         device="cpu",
     )
     # interleaved, so that no sequence's pages are neighbours

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from server.model import layers
-from server.model.layers import MIN_ROWS_TO_WIDEN, project
+from server.model.layers import (
+    MIN_ROWS_TO_WIDEN,
+    PackedLinear,
+    has_half_units,
+    pack_linear_layers,
+    project,
+)
+from tests.model.loading import all_logits, load, relative_difference
+from tools.random_checkpoint import write_checkpoint
 
 
 def on_cpu_with(monkeypatch: pytest.MonkeyPatch, *, half_units: bool) -> None:
@@ -46,3 +56,38 @@ def test_float32_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     on_cpu_with(monkeypatch, half_units=False)
     layer, hidden = layer_and_input("linear", 64)
     assert torch.equal(project(layer, hidden), layer(hidden))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_packed_layers_compute_the_same(tmp_path: Path, dtype: str) -> None:
+    """Of the whole model, tower and projector too, with and without biases."""
+    folder = write_checkpoint(tmp_path)
+    plain, packed = load(folder, dtype=dtype), load(folder, dtype=dtype)
+    pack_linear_layers(packed)
+    kinds = {type(module) for module in packed.modules()}
+    is_packable = dtype == "float32" or has_half_units(getattr(torch, dtype))
+    assert (PackedLinear in kinds, nn.Linear in kinds) == (is_packable, not is_packable)
+    closeness = 1e-5 if dtype == "float32" else 3e-2
+    sequences = [[1, 2, 3, 4, 5], [9, 8, 7]]
+    ours, theirs = all_logits(packed, sequences), all_logits(plain, sequences)
+    for mine, other in zip(ours, theirs, strict=True):
+        finite = other.isfinite()
+        assert torch.equal(finite, mine.isfinite())
+        assert relative_difference(mine[finite], other[finite]) < closeness
+    tiles = torch.randint(0, 256, (3, 56, 56, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        ours, theirs = (model.encode_tiles(tiles, [16] * 3) for model in (packed, plain))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert relative_difference(mine, other) < closeness
+
+
+def test_a_packed_layer_keeps_no_second_copy() -> None:
+    layer = nn.Sequential(nn.Linear(64, 32))
+    pack_linear_layers(layer)
+    assert [name for name, _ in layer.named_parameters()] == ["0.bias"]
+
+
+def test_a_head_is_left_as_it_is(tmp_path: Path) -> None:
+    model = load(write_checkpoint(tmp_path, is_tied=False))
+    pack_linear_layers(model)
+    assert type(model.language_model.lm_head) is nn.Linear
