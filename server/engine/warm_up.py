@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,14 +50,19 @@ class WarmUp:
 
 
 def warm_up(
-    runner: StepRunner, pool: BlockPool, *, vision: VisionSpec | None, max_tokens: int | None
+    runner: StepRunner,
+    pool: BlockPool,
+    *,
+    vision: VisionSpec | None,
+    max_tokens: int | None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> WarmUp:
     """Generates, encodes and measures; CheckpointError where no usable logits come out.
 
     `max_tokens` is the explicit setting, which is taken as it is; None finds it. Where even the
     least step takes longer than the target, the least is what there is.
     """
-    probe = _Probe(runner, pool)
+    probe = _Probe(runner, pool, clock)
     probe.run(_request((0,), max_tokens=2))  # the first steps of all: what is set up is set up here
     answer_s = min(probe.run(_request((0,), max_tokens=3))[1:])
     num_tokens, prompt_s = _long_enough_prompt(probe, pool)
@@ -100,8 +105,9 @@ def _tile_s(probe: _Probe, vision: VisionSpec) -> float:
 class _Probe:
     """Runs requests of its own, one at a time, each prompt in one step."""
 
-    def __init__(self, runner: StepRunner, pool: BlockPool) -> None:
+    def __init__(self, runner: StepRunner, pool: BlockPool, clock: Callable[[], float]) -> None:
         self.slowest_s = 0.0
+        self._clock = clock
         self._runner = runner
         self._pool = pool
 
@@ -116,9 +122,9 @@ class _Probe:
         scheduler.add(EngineSequence.from_request(request, list(tiles)))
         steps_s: list[float] = []
         while batch := scheduler.schedule():
-            started_s = time.monotonic()
+            started_s = self._clock()
             outputs = self._runner.run(batch)
-            steps_s.append(time.monotonic() - started_s)
+            steps_s.append(self._clock() - started_s)
             for event in scheduler.commit(batch, outputs):
                 if event.finish_reason == "error":
                     raise CheckpointError("the model gave no usable logits in its self-test")
