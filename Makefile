@@ -6,9 +6,10 @@
 #   make check      format, lint, types and import direction
 #   make fix        repair format and what lint can repair
 #   make bench      time a model: [MODEL=] or [URL=of a running server]
-#   make demo-model train the embedded demo model again (hours)
+#   make demo-model train the embedded demo model again (hours): build/demo-model/export is what to
+#                   copy to server/demo; run again, it goes on where it was stopped
 #   make docker-check  replay the image's install and start steps without a container engine
-#   make clean      remove the environment and everything built
+#   make clean      remove the environment and what was built, but not build/demo-model
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test check fix bench demo-model docker-check clean
@@ -67,5 +68,5 @@ docker-check:
 	docker/replay.sh
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build/lib build/bdist* dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find server tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -25,6 +25,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from server import __version__
 from server.api.models import ServedModel
+from server.api.protocol import protocol_with_deadline
 from server.app import build_app, drain
 from server.chat.prepare import ModelFacts, Preparer
 from server.chat.template import ChatTemplate
@@ -258,7 +259,7 @@ def _model_facts(info: CheckpointInfo, context_length: int) -> ModelFacts:
 def _uvicorn_config(app: FastAPI, http: HttpConfig) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http="h11",
+        http=protocol_with_deadline(http.headers_timeout_s),
         ws="none",
         lifespan="on",
         log_config=None,

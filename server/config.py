@@ -48,6 +48,7 @@ class HttpConfig(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=Tr
     strict: bool = False
     max_body_bytes: PositiveInt = 64 * _MIB
     max_header_bytes: PositiveInt = 32 * 1024
+    headers_timeout_s: PositiveFloat = 10.0
     receive_timeout_s: PositiveFloat = 60.0
     max_connections: PositiveInt = 1024
     keep_alive_timeout_s: PositiveInt = 15

@@ -316,6 +316,31 @@ def test_a_request_that_never_arrives_is_answered_when_the_server_ends(tiny: Pat
         assert served.process.wait(timeout=10) == 0
 
 
+def test_a_connection_that_sends_no_request_in_time_is_closed(tiny: Path) -> None:
+    request = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    with serving("--model", tiny, env={"HCX_HTTP__HEADERS_TIMEOUT_S": "0.5"}) as served:
+        address = ("127.0.0.1", served.http.base_url.port or 0)
+        for is_second, sent in ((False, b""), (False, request[:-2]), (True, request[:-2])):
+            with socket.create_connection(address, timeout=10) as connection:
+                if is_second:
+                    connection.sendall(request)
+                    assert connection.recv(65536).startswith(b"HTTP/1.1 200 OK")
+                connection.sendall(sent)
+                assert connection.recv(65536) == b""
+        with socket.create_connection(address, timeout=20) as connection:
+            with contextlib.suppress(ConnectionError):
+                for byte in request[:-2]:  # bytes that come give no more time
+                    connection.sendall(bytes([byte]))
+                    time.sleep(0.05)
+            with contextlib.suppress(ConnectionError):
+                assert connection.recv(65536) == b""
+        # Neither a long answer nor an idle connection has anything to do with it.
+        body = chat("tiny", max_tokens=1200, ignore_eos=True)
+        assert served.http.post("/v1/chat/completions", json=body).status_code == 200
+        time.sleep(0.8)
+        assert served.http.get("/health").status_code == 200
+
+
 def test_too_many_connections_are_told_so(tiny: Path) -> None:
     with serving("--model", tiny, env={"HCX_HTTP__MAX_CONNECTIONS": "2"}) as served:
         address = ("127.0.0.1", served.http.base_url.port or 0)
