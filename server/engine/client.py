@@ -189,7 +189,7 @@ class EngineClient:
         admitted = _Admitted(request, submit_frames(request, tiles))
         self._requests[request.request_id] = admitted
         self._process.send(admitted.frames)
-        self._limit_wait(admitted)
+        self._limit_wait(request.request_id)
         return TokenStream(admitted.mailbox, partial(self._abort_from_anywhere, request.request_id))
 
     def on_loading(self, num_bytes: int, total_bytes: int) -> None:
@@ -216,7 +216,8 @@ class EngineClient:
             admitted.frames = []
             if event.finish_reason is not None:
                 del self._requests[event.request_id]
-        self._send_next_suspect()
+            if admitted.num_crashes:
+                self._send_next_suspect()
 
     def on_lost(self, *, is_final: bool) -> None:
         for admitted in list(self._requests.values()):
@@ -274,20 +275,20 @@ class EngineClient:
         ):
             raise Unavailable
 
-    def _limit_wait(self, admitted: _Admitted) -> None:
+    def _limit_wait(self, request_id: str) -> None:
+        # By its id: a timer must not keep the pixels of a request that is over.
+        asyncio.get_running_loop().call_later(self._max_wait_s, self._end_wait, request_id)
+
+    def _end_wait(self, request_id: str) -> None:
         """Whoever still waits after the longest wait is told so; a restart does not count."""
-
-        def expire() -> None:
-            request_id = admitted.request.request_id
-            if self._requests.get(request_id) is not admitted or not admitted.is_waiting:
-                return
-            if self._process.status != "ready" or admitted.num_crashes:
-                self._limit_wait(admitted)
-                return
-            self._process.send([encode(Abort(request_id))])
-            self._end(admitted, "server_is_overloaded")
-
-        asyncio.get_running_loop().call_later(self._max_wait_s, expire)
+        admitted = self._requests.get(request_id)
+        if admitted is None or not admitted.is_waiting:
+            return
+        if self._process.status != "ready" or admitted.num_crashes:
+            self._limit_wait(request_id)
+            return
+        self._process.send([encode(Abort(request_id))])
+        self._end(admitted, "server_is_overloaded")
 
     def _abort_from_anywhere(self, request_id: str) -> None:
         """From a finaliser, so possibly from another thread or after the end of the loop."""

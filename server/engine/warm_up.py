@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,10 +25,9 @@ from server.core import (
 from server.engine.blocks import BlockPool
 from server.engine.encodings import EncoderCache
 from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence as EngineSequence
-from server.engine.sequence import StepBudget
+from server.engine.sequence import Sequence, StepBudget
 from server.engine.worker import StepRunner
-from server.errors import CheckpointError
+from server.errors import CheckpointError, ConfigError
 
 TARGET_STEP_S = 1.0
 MIN_TOKENS_PER_STEP = 16
@@ -71,7 +71,7 @@ def warm_up(
     if max_tokens is None:
         fitting = int((TARGET_STEP_S - answer_s) / token_s)
         max_tokens = max(MIN_TOKENS_PER_STEP, min(MAX_TOKENS_PER_STEP, fitting))
-    tile_s = _tile_s(probe, vision) if vision is not None else 0.0
+    tile_s = _tile_s(probe, vision, num_cached=pool.num_tokens) if vision is not None else 0.0
     budget = StepBudget(
         max_tokens=max_tokens,
         tokens_per_tile=max(1, math.ceil(tile_s / token_s)),
@@ -93,12 +93,17 @@ def _long_enough_prompt(probe: _Probe, pool: BlockPool) -> tuple[int, float]:
         num_tokens *= PROBE_GROWTH
 
 
-def _tile_s(probe: _Probe, vision: VisionSpec) -> float:
+def _tile_s(probe: _Probe, vision: VisionSpec, *, num_cached: int) -> float:
     """Seconds for one tile, the few positions of its features included."""
     picture = VisionInput("image", VisionLayout((vision.image_queries,)), digest="")
     ids = (vision.image_token_id,) * picture.num_tokens
     tiles = np.zeros((1, vision.tile_size, vision.tile_size, 3), np.uint8)
     request = _request(ids, max_tokens=1, vision=(picture,))
+    if len(ids) + 1 > num_cached:
+        raise ConfigError(
+            f"the key/value cache holds {num_cached} tokens, but one tile alone takes {len(ids)}: "
+            "raise model.max_context or engine.kv_cache_bytes"
+        )
     return min(max(probe.run(request, [tiles])) for _ in range(2))
 
 
@@ -111,7 +116,7 @@ class _Probe:
         self._runner = runner
         self._pool = pool
 
-    def run(self, request: GenerationRequest, tiles: Sequence[Tiles] = ()) -> list[float]:
+    def run(self, request: GenerationRequest, tiles: AbstractSequence[Tiles] = ()) -> list[float]:
         """The seconds of each of its steps."""
         scheduler = Scheduler(
             self._pool,
@@ -119,7 +124,7 @@ class _Probe:
             budget=StepBudget(MAX_TOKENS_PER_STEP, 1, MAX_TOKENS_PER_STEP),
             max_running=1,
         )
-        scheduler.add(EngineSequence.from_request(request, list(tiles)))
+        scheduler.add(Sequence.from_request(request, list(tiles)))
         steps_s: list[float] = []
         while batch := scheduler.schedule():
             started_s = self._clock()

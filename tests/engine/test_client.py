@@ -6,7 +6,9 @@ import asyncio
 import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,24 @@ async def test_a_seed_repeats_an_answer_and_none_does_not(client: EngineClient) 
     assert seeded[0] == seeded[1]
     free = {tuple(await answer(client, max_tokens=8, temperature=2.0)) for _ in range(4)}
     assert len(free) > 1
+
+
+async def test_nothing_keeps_the_pixels_of_a_request_that_is_over(
+    client: EngineClient, tiny_info: CheckpointInfo
+) -> None:
+    """Whether it was answered or left while it waited: a video's are tens of megabytes."""
+    request = make_request(prompt=(1, PICTURE, 2), max_tokens=400, spec=tiny_info.vision)  # type: ignore[arg-type]
+    for is_answered in (True, False):
+        (pixels,) = make_tiles(request, side=SIDE)
+        kept = weakref.ref(pixels)
+        stream = await client.submit(replace(request, request_id=str(is_answered)), [pixels])
+        del pixels
+        if is_answered:
+            await anext(stream)
+        stream.close()
+        async with asyncio.timeout(20):
+            while kept() is not None:
+                await asyncio.sleep(0.02)
 
 
 async def test_facts_are_those_of_the_checkpoint(client: EngineClient) -> None:

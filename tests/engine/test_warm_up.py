@@ -7,7 +7,7 @@ import pytest
 from server.engine.blocks import BlockPool
 from server.engine.sequence import Batch, SpanOutput
 from server.engine.warm_up import MAX_TOKENS_PER_STEP, MIN_TOKENS_BESIDE_ANSWERS, WarmUp, warm_up
-from server.errors import CheckpointError
+from server.errors import CheckpointError, ConfigError
 from tests.engine.samples import SPEC
 
 
@@ -82,6 +82,13 @@ def test_a_small_cache_bounds_the_probes() -> None:
     budget = measure(TimedRunner(token_s=0.001), num_blocks=1, has_vision=False).budget
     assert budget.max_tokens == pytest.approx(970, rel=0.1)
     assert budget.tokens_per_tile == 1
+
+
+def test_a_cache_smaller_than_one_tile_is_one_line() -> None:
+    pool = BlockPool(num_blocks=1, block_size=SPEC.image_queries)
+    runner = TimedRunner(token_s=0.001)
+    with pytest.raises(ConfigError, match=r"model\.max_context"):
+        warm_up(runner, pool, vision=SPEC, max_tokens=None, clock=lambda: runner.now_s)
 
 
 def test_unusable_logits_stop_the_start() -> None:
