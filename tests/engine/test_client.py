@@ -19,6 +19,7 @@ from server.core import Tiles, TokenEvent, VisionInput, VisionLayout
 from server.engine.client import EngineClient, TokenStream
 from server.errors import InvalidPrompt, PromptTooLong, RateLimited, ServerError, Unavailable
 from server.model.config import CheckpointInfo
+from server.telemetry.metrics import Metrics
 from tests.engine.faulty_worker import MODULE, RAISE, SLOW
 from tests.engine.samples import make_request, make_tiles
 
@@ -50,6 +51,7 @@ async def client(
         vision=tiny_info.vision,
         engine=engine,
         model=ModelConfig(device="cpu", max_context=512),
+        metrics=Metrics(),
         max_requests_per_tenant=4,
         on_loading=lambda num_bytes, total_bytes: loading.append((num_bytes, total_bytes)),
         entry_module=MODULE,

@@ -21,6 +21,7 @@ from server.core import TokenEvent
 from server.engine.client import EngineClient, TokenStream
 from server.engine.process import RestartPolicy
 from server.errors import CheckpointError, ConfigError, ModelLoading, ShuttingDown, WorkerRestarting
+from server.telemetry.metrics import Metrics
 from tests.engine.faulty_worker import HANG, KILL, KILL_AFTER_FIRST_TOKEN, MODULE, SLOW
 from tests.engine.samples import make_request
 
@@ -41,6 +42,7 @@ def make_client(
         vision=None,
         engine=EngineConfig.model_validate(settings),
         model=ModelConfig(device="cpu"),
+        metrics=Metrics(),
         restart_policy=restart_policy or RestartPolicy(max_delay_s=0.2, first_delay_s=0.05),
         entry_module=entry_module,
     )
@@ -132,7 +134,7 @@ async def test_a_client_that_leaves_during_a_restart_holds_nobody_back(
     async with started(client):
         slow = [await client.submit(make_request(n, prompt=(SLOW,)), []) for n in "ab"]
         leaving = await client.submit(make_request("leaving"), [])
-        await until(lambda: sum(a.is_waiting for a in client._requests.values()) == 1)
+        await until(lambda: client.queue.num_waiting == 1)
         assert client.worker_pid is not None
         os.kill(client.worker_pid, signal.SIGKILL)
         await until(lambda: client.status == "restarting")
