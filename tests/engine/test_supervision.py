@@ -107,6 +107,23 @@ async def test_a_killed_process_ends_what_it_answered_and_nothing_that_waited(
         assert client.worker_pid != first_pid
 
 
+async def test_what_was_counted_goes_on_with_the_next_process(tiny_checkpoint: Path) -> None:
+    async with started(make_client(tiny_checkpoint)) as client:
+        for num_lives in (1, 2):
+            assert len(await collect(await client.submit(make_request(max_tokens=5), []))) == 5
+            stats = client.stats  # those that came with the last token
+            assert stats.totals.num_tokens_generated == 5 * num_lives
+            assert stats.totals.num_prompt_tokens_computed == 3 * num_lives
+            assert stats.totals.num_steps == sum(stats.totals.num_steps_up_to) == 5 * num_lives
+            assert (stats.num_running, stats.num_blocks_used) == (0, 0)
+            assert client.num_restarts == num_lives - 1
+            assert client.worker_pid is not None
+            os.kill(client.worker_pid, signal.SIGKILL)
+            await until(lambda: client.status == "restarting")
+            assert client.stats.totals == stats.totals
+            await until(lambda: client.status == "ready")
+
+
 async def test_what_meets_two_crashes_ends_and_its_neighbours_are_answered(
     tiny_checkpoint: Path,
 ) -> None:
