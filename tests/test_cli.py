@@ -419,6 +419,67 @@ def test_a_port_in_use_is_one_line(tiny: Path) -> None:
     assert line == f"cannot listen on 127.0.0.1 port {port}: Address already in use"
 
 
+def test_an_admin_port_in_use_is_one_line(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("HCX_HTTP__ADMIN_PORT", str(port))
+        line = refusal("serve", "--model", tiny, "--port", "0")
+    assert line == f"cannot listen on 127.0.0.1 port {port}: Address already in use"
+    monkeypatch.setenv("HCX_HTTP__ADMIN_HOST", "256.0.0.1")
+    assert refusal("serve", "--port", "0") == "256.0.0.1 is not an address to listen on"
+
+
+def test_one_port_for_both_is_one_line(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as once_taken:
+        port = once_taken.getsockname()[1]
+    monkeypatch.setenv("HCX_HTTP__ADMIN_PORT", str(port))
+    line = refusal("serve", "--model", tiny, "--port", str(port))
+    assert line == f"cannot listen on 127.0.0.1 port {port}: Address already in use"
+
+
+def admin_address(served: Served) -> str | None:
+    """Where the log says the metrics are; None where it ends without saying so."""
+    assert served.process.stderr is not None
+    for line in served.process.stderr:
+        if found := re.search(r" metrics at (http://127\.0\.0\.1:[1-9]\d*/metrics)$", line):
+            return found[1]
+    return None
+
+
+def test_metrics_are_answered_until_the_last_request_has_ended(tiny: Path) -> None:
+    with serving("--model", tiny, stderr=subprocess.PIPE) as served:
+        address = admin_address(served)
+        assert address is not None
+        assert "hcx_requests_running 0.0" in httpx.get(address).text
+        body = chat("tiny", max_tokens=3000, ignore_eos=True, stream=True)
+        with served.http.stream("POST", "/v1/chat/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            served.process.send_signal(signal.SIGTERM)
+            while served.http.get("/ready").status_code == 200:
+                time.sleep(0.02)
+            during = httpx.get(address).text
+            assert "hcx_requests_running 1.0" in during
+            assert 'hcx_engine_status{status="ready"} 1.0' in during
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert served.process.wait(timeout=10) == 0
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(address)
+        assert served.process.stderr is not None
+        served.process.stderr.close()
+
+
+def test_without_an_admin_port_there_is_none(tiny: Path) -> None:
+    env = {"HCX_HTTP__ADMIN_PORT": "null"}
+    with serving("--model", tiny, env=env, stderr=subprocess.PIPE) as served:
+        assert served.http.get("/ready").status_code == 200
+        assert served.http.get("/metrics").status_code == 404
+        served.end()
+        assert admin_address(served) is None
+        assert served.process.stderr is not None
+        served.process.stderr.close()
+
+
 def test_a_wrong_setting_is_one_line(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal("serve", "--model", tiny, "--dtype", "fp8").startswith(
         "command line: model.dtype: "

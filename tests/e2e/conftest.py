@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from PIL import Image
@@ -31,6 +32,7 @@ class RunningServer:
 
     process: subprocess.Popen[bytes]
     url: str
+    admin_url: str
     client: openai.OpenAI
     model: str
 
@@ -39,6 +41,12 @@ class RunningServer:
         """The engine process: the child that uses most memory."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return max(map(int, children.read_text().split()), key=resident_pages)
+
+    def metrics(self) -> dict[str, float]:
+        """What a scraper reads now, by name and labels as they are printed."""
+        text = httpx.get(f"{self.admin_url}/metrics", timeout=ANSWER_S).text
+        lines = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, _, value in lines}
 
     def ask(self, content: object, **fields: Any) -> str:
         """The greedy answer to one user message, cut short where it does not end."""
@@ -70,11 +78,13 @@ def serving(folder: Path, *flags: str, **settings: object) -> Iterator[RunningSe
         )
         try:
             url = address_in(log, process)
+            found = re.search(r"metrics at (http://\S+)/metrics$", log.read_text(), re.MULTILINE)
+            assert found, log.read_text()
             client = openai.OpenAI(
                 base_url=f"{url}/v1", api_key="none", timeout=ANSWER_S, max_retries=0
             )
             with client:
-                yield RunningServer(process, url, client, client.models.list().data[0].id)
+                yield RunningServer(process, url, found[1], client, client.models.list().data[0].id)
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=60) == 0, log.read_text()
         finally:
