@@ -267,6 +267,8 @@ class Scheduler:
             if sequence.status != "running":
                 continue  # it went a moment ago, for one that joined before it
             missing = self.pool.blocks_for(len(sequence)) - len(sequence.block_table)
+            if not missing:
+                continue
             while missing > self.pool.num_free and sequence.status == "running":
                 self._preempt(self._running[-1])
             if sequence.status == "running":
