@@ -104,7 +104,7 @@ def full_set(num_running: int, num_waiting: int, num_steps: int) -> list[float]:
 
 
 def full_cache(num_running: int, num_waiting: int, num_steps: int) -> list[float]:
-    """Each step looks whether the first in line fits at last: a long prompt that the cache knows."""
+    """Each step asks whether the first in line fits at last: a long prompt that the cache knows."""
     requests = Requests()
     num_blocks = num_running * 32
     scheduler = make_scheduler(num_blocks=num_blocks, max_running=2 * num_running)
@@ -242,9 +242,8 @@ def main() -> None:
         if index == 0:
             print("|---" * len(row) + "|")
         sys.stdout.flush()
-    print(
-        f"\nOne report of the engine process: {statistics.median(report_times_us(num_steps)):.0f} µs."
-    )
+    report_us = statistics.median(report_times_us(num_steps))
+    print(f"\nOne report of the engine process: {report_us:.0f} µs.")
 
 
 if __name__ == "__main__":
