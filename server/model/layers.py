@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,16 @@ class FusedLinear(nn.Module):
         return F.linear(hidden, self.weight, self.bias)
 
 
+def project_gelu(
+    layer: nn.Module, hidden: Tensor, *, approximate: Literal["tanh", "none"]
+) -> Tensor:
+    """`project` and GELU after it, in one pass where the layer is packed."""
+    if isinstance(layer, PackedLinear):
+        activated: Tensor = layer(hidden, activation="gelu", algorithm=approximate)
+        return activated
+    return F.gelu(project(layer, hidden), approximate=approximate)
+
+
 class PackedLinear(nn.Module):
     """A linear layer whose weight lies in the order oneDNN reads it in, and nowhere else.
 
@@ -75,10 +86,11 @@ class PackedLinear(nn.Module):
         # No buffer: such a tensor cannot be moved, viewed or saved.
         self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, *, activation: str = "none", algorithm: str = "") -> Tensor:
+        """The activation, in oneDNN's words, is applied to the float32 sums before any rounding."""
         rows = hidden.reshape(-1, self.in_features)
         projected: Tensor = torch.ops.mkldnn._linear_pointwise(
-            rows, self.packed, self.bias, "none", [], ""
+            rows, self.packed, self.bias, activation, [], algorithm
         )
         return projected.view(*hidden.shape[:-1], self.out_features)
 
