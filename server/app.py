@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -18,12 +19,14 @@ from starlette.responses import Response
 from server.api import chat, health, models
 from server.api.health import Lifecycle
 from server.api.json_body import error_response
+from server.api.metrics import read_engine, read_requests
 from server.api.middleware import Authentication, BodyLimit, RequestRecord
 from server.api.models import ServedModel
 from server.chat.prepare import Preparer
 from server.config import HttpConfig
 from server.engine.client import Engine
 from server.errors import MethodNotAllowed, ServerError, UnknownUrl
+from server.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,7 @@ def build_app(
     preparer: Preparer,
     model: ServedModel,
     *,
+    metrics: Metrics,
     on_load_failure: Callable[[Exception], None],
 ) -> FastAPI:
     """The application. It answers /health and /ready while the engine is still loading.
@@ -67,6 +71,9 @@ def build_app(
     app.state.preparer = preparer
     app.state.model = model
     app.state.lifecycle = Lifecycle()
+    app.state.metrics = metrics
+    metrics.add_reading(partial(read_requests, app.state.lifecycle))
+    metrics.add_reading(partial(read_engine, engine))
 
     for router in ROUTERS:
         app.include_router(router)
@@ -80,6 +87,7 @@ def build_app(
     app.add_middleware(
         RequestRecord,
         lifecycle=app.state.lifecycle,
+        metrics=metrics,
         max_connections=http.max_connections,
         max_header_bytes=http.max_header_bytes,
     )

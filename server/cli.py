@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from server import __version__
+from server.api.admin import AdminApp
 from server.api.models import ServedModel
 from server.api.protocol import protocol_with_deadline
 from server.app import build_app, drain
@@ -36,7 +37,10 @@ from server.engine.client import Engine, EngineClient, EngineFacts
 from server.errors import CheckpointError, ConfigError
 from server.hub import find_checkpoint, is_hub_name
 from server.model.config import CheckpointInfo, read_checkpoint
+from server.telemetry.metrics import Metrics
 from server.vision.frames import frame_queries
+
+_log = logging.getLogger(__name__)
 
 # A group of processes is told to end more than once: by whoever ends it, and by make within it.
 SAME_SIGNAL_S = 0.5
@@ -111,9 +115,16 @@ def serve(
                 model={"path": model, "revision": revision, "device": device, "dtype": dtype},
             ),
         )
-        with _bound_socket(settings.http) as listener:
+        with contextlib.ExitStack() as sockets:
+            # Taken before anything slow, so that a port in use is known at once.
+            listener = sockets.enter_context(_bound_socket(settings.http.host, settings.http.port))
+            admin_listener = None
+            if settings.http.admin_port is not None:
+                admin_listener = sockets.enter_context(
+                    _bound_socket(settings.http.admin_host, settings.http.admin_port)
+                )
             _start_logging()
-            _serve(settings, listener)
+            _serve(settings, listener, admin_listener)
 
 
 @contextlib.contextmanager
@@ -174,32 +185,41 @@ def _start_logging() -> None:
     logging.getLogger("server").setLevel(logging.INFO)
 
 
-def _bound_socket(http: HttpConfig) -> socket.socket:
-    """Taken before anything slow, so that a port in use is known at once."""
+def _bound_socket(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
-            http.host, http.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except (socket.gaierror, UnicodeError):
-        raise ConfigError(f"{http.host} is not an address to listen on") from None
+        raise ConfigError(f"{host} is not an address to listen on") from None
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
         listener.close()
-        raise _cannot_listen(http, error) from None
+        raise _cannot_listen(host, port, error) from None
     return listener
 
 
-def _cannot_listen(http: HttpConfig, error: OSError) -> ConfigError:
-    return ConfigError(f"cannot listen on {http.host} port {http.port}: {error.strerror}")
+def _listen(listener: socket.socket) -> None:
+    """Where two have bound the same port, the second one learns it here."""
+    try:
+        listener.listen()
+    except OSError as error:
+        host, port = listener.getsockname()[:2]
+        raise _cannot_listen(host, port, error) from None
 
 
-def _serve(config: Config, listener: socket.socket) -> None:
+def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
+    return ConfigError(f"cannot listen on {host} port {port}: {error.strerror}")
+
+
+def _serve(config: Config, listener: socket.socket, admin_listener: socket.socket | None) -> None:
     info, name = _read_model(config)
     tokenizer, template = _read_chat(info)
     context_length = min(info.context_length, config.model.max_context or info.context_length)
+    metrics = Metrics()
     failures: list[Exception] = []
 
     def on_load_failure(error: Exception) -> None:
@@ -212,6 +232,7 @@ def _serve(config: Config, listener: socket.socket) -> None:
             vision=info.vision,
             engine=config.engine,
             model=config.model,
+            metrics=metrics,
             # Without keys everyone is one tenant, under the server's own limits.
             max_requests_per_tenant=(
                 config.engine.max_requests_per_key if config.http.api_keys else None
@@ -225,21 +246,23 @@ def _serve(config: Config, listener: socket.socket) -> None:
             engine,
             preparer,
             ServedModel(name=name, context_length=context_length, created_s=int(time.time())),
+            metrics=metrics,
             on_load_failure=on_load_failure,
         )
-        server = uvicorn.Server(_uvicorn_config(app, config.http))
+        server = uvicorn.Server(_uvicorn_config(app, config.http, has_lifespan=True))
         app.state.lifecycle.count_connections = lambda: len(server.server_state.connections)
 
         def on_ready(facts: EngineFacts) -> None:
             progress.close()
             typer.echo(_banner(name, facts, listener))
 
+        _listen(listener)
+        if admin_listener is not None:
+            _listen(admin_listener)
+            _log.info("metrics at %s/metrics", _address(admin_listener))
+        admin = _admin_server(metrics, config.http, admin_listener)
         try:
-            listener.listen()
-        except OSError as error:
-            raise _cannot_listen(config.http, error) from None
-        try:
-            asyncio.run(_run(server, listener, app, engine, on_ready))
+            asyncio.run(_run(server, listener, app, engine, on_ready, admin))
         finally:
             preparer.close()
     for failure in failures:
@@ -256,12 +279,14 @@ def _model_facts(info: CheckpointInfo, context_length: int) -> ModelFacts:
     )
 
 
-def _uvicorn_config(app: FastAPI, http: HttpConfig) -> uvicorn.Config:
+def _uvicorn_config(
+    app: FastAPI | AdminApp, http: HttpConfig, *, has_lifespan: bool
+) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=protocol_with_deadline(http.headers_timeout_s),
         ws="none",
-        lifespan="on",
+        lifespan="on" if has_lifespan else "off",
         log_config=None,
         log_level=logging.WARNING,
         access_log=False,
@@ -274,14 +299,36 @@ def _uvicorn_config(app: FastAPI, http: HttpConfig) -> uvicorn.Config:
     )
 
 
+@contextlib.asynccontextmanager
+async def _admin_server(
+    metrics: Metrics, http: HttpConfig, listener: socket.socket | None
+) -> AsyncIterator[None]:
+    """Answers on the admin port, where there is one, until the block ends."""
+    if listener is None:
+        yield
+        return
+    server = uvicorn.Server(_uvicorn_config(AdminApp(metrics), http, has_lifespan=False))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    await asyncio.sleep(0)
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await serving
+
+
 async def _run(
     server: uvicorn.Server,
     listener: socket.socket,
     app: FastAPI,
     engine: Engine,
     on_ready: Callable[[EngineFacts], None],
+    admin: contextlib.AbstractAsyncContextManager[None],
 ) -> None:
-    """Serve until the first signal, then drain; a second one ends what still runs at once."""
+    """Serve until the first signal, then drain; a second one ends what still runs at once.
+
+    `admin` is entered before the first request and left after the last.
+    """
     loop = asyncio.get_running_loop()
     hurry = asyncio.Event()
     signalled_s: float | None = None
@@ -304,27 +351,35 @@ async def _run(
         elif loop.time() - signalled_s > SAME_SIGNAL_S:
             hurry.set()
 
+    def take_signals() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, on_signal)
+
     # A task that nobody holds may be collected before it is done.
     endings: list[asyncio.Task[None]] = []
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    await asyncio.sleep(0)
-    # After uvicorn has set its own handlers, which would stop listening before the drain.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
-    while engine.status == "loading" and not serving.done():
-        await asyncio.wait({serving}, timeout=0.05)
-    if engine.status == "ready" and engine.facts is not None:
-        on_ready(engine.facts)
-    await serving
+    async with admin:
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        await asyncio.sleep(0)
+        # After uvicorn has set its own handlers, which would stop listening before the drain.
+        take_signals()
+        while engine.status == "loading" and not serving.done():
+            await asyncio.wait({serving}, timeout=0.05)
+        if engine.status == "ready" and engine.facts is not None:
+            on_ready(engine.facts)
+        await serving
+        take_signals()  # uvicorn has put back those that were there before
 
 
 def _banner(name: str, facts: EngineFacts, listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     return (
         f"hcx-server {__version__}: {name} on {facts.device} in {facts.dtype}, "
-        f"context {facts.max_request_tokens} tokens, at {address}"
+        f"context {facts.max_request_tokens} tokens, at {_address(listener)}"
     )
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class _LoadingProgress:

@@ -39,10 +39,12 @@ _SHA256_HEX = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
 class HttpConfig(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True):
-    """The listening socket, who may use it, and what one request may cost before the model."""
+    """The two listening sockets, who may call, and what one request may cost before the model."""
 
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
+    admin_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    admin_port: Annotated[int, Field(ge=0, le=65_535)] | None = 0
     api_keys: Annotated[Mapping[str, str], Field(repr=False)] = {}
     api_keys_file: Path | None = None
     strict: bool = False

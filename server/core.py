@@ -135,7 +135,7 @@ class GenerationRequest:
     """What the engine is asked for: ids in, ids out.
 
     `vision_starts[i]` is the index in `prompt_ids` of the first of the `vision[i].num_tokens`
-    placeholder ids of medium i.
+    placeholder ids of medium i. Of one tenant's waiting requests a lower `priority` starts first.
     """
 
     request_id: str
@@ -144,6 +144,7 @@ class GenerationRequest:
     sampling: SamplingParams
     vision: tuple[VisionInput, ...] = ()
     vision_starts: tuple[int, ...] = ()
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

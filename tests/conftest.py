@@ -21,6 +21,7 @@ from server.chat.prepare import ChatRequest, Prepared, PromptUsage
 from server.chat.tokenizer import Tokenizer, byte_symbols
 from server.config import HttpConfig
 from server.core import GenerationRequest, SamplingParams
+from server.telemetry.metrics import Metrics
 from tests.fakes import FakeEngine
 
 Result = TypeVar("Result")
@@ -94,7 +95,7 @@ class TextPreparer:
             stop_token_ids=() if request.ignore_eos else (END,),
         )
         return Prepared(
-            request=GenerationRequest(request_id, tenant, ids, sampling),
+            request=GenerationRequest(request_id, tenant, ids, sampling, priority=request.priority),
             tiles=(),
             stop=request.stop,
             usage=PromptUsage(text_tokens=len(ids), image_tokens=0, video_tokens=0),
@@ -193,6 +194,7 @@ def build(byte_tokenizer: Tokenizer) -> Callable[..., FastAPI]:
             engine or FakeEngine([*b"hello", END]),
             preparer,
             ServedModel(MODEL, context_length=4096, created_s=1_700_000_000),
+            metrics=Metrics(),
             on_load_failure=on_load_failure,
         )
 

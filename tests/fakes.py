@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from server.core import FinishReason, GenerationRequest, Tiles, TokenEvent
-from server.engine.client import EngineFacts, EngineStatus, TokenStream
+from server.engine.client import EngineFacts, EngineStats, EngineStatus, QueueStats, TokenStream
 from server.errors import ServerError
 
 FAKE_FACTS = EngineFacts(
@@ -53,6 +53,9 @@ class FakeEngine:
         self.status: EngineStatus = status
         self.facts = facts
         self.worker_pid: int | None = None
+        self.num_restarts = 0
+        self.stats = EngineStats()
+        self.queue = QueueStats()
         self.refuse = refuse
         self.submitted: list[tuple[GenerationRequest, tuple[Tiles, ...]]] = []
         self.aborted: list[str] = []

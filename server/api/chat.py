@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from server.api.health import not_ready
 from server.api.json_body import json_response, read_json_object
+from server.api.metrics import counted
 from server.api.models import check_name
 from server.api.schemas import parse_chat_request
 from server.api.sse import Answer, Envelope, EventStream, collect, sse_frames, until_client_leaves
@@ -35,6 +36,7 @@ async def chat_completions(request: Request) -> Response:
 
     parsed = parse_chat_request(await read_json_object(request), is_strict=state.http.strict)
     request.state.num_unknown_parameters = parsed.num_unknown
+    state.metrics.count_unknown_parameters(parsed.num_unknown)
     wire = parsed.request
     check_name(state.model, wire.model)
     envelope = Envelope(f"chatcmpl-{uuid.uuid4().hex}", wire.model, int(time.time()))
@@ -51,7 +53,7 @@ async def chat_completions(request: Request) -> Response:
             stop=prepared.stop,
             min_tokens=prepared.request.sampling.min_tokens,
         )
-        return Answer(prepared.usage, deltas)
+        return Answer(prepared.usage, counted(deltas, state.metrics))
 
     if wire.stream:
         frames = sse_frames(begin, envelope, include_usage=wire.include_usage)

@@ -39,6 +39,7 @@ from server.errors import (
     Unavailable,
     UnsupportedContentType,
 )
+from server.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("server.access")
@@ -73,10 +74,17 @@ class RequestRecord:
     """
 
     def __init__(
-        self, app: ASGIApp, *, lifecycle: Lifecycle, max_connections: int, max_header_bytes: int
+        self,
+        app: ASGIApp,
+        *,
+        lifecycle: Lifecycle,
+        metrics: Metrics,
+        max_connections: int,
+        max_header_bytes: int,
     ) -> None:
         self._app = app
         self._lifecycle = lifecycle
+        self._metrics = metrics
         self._max_connections = max_connections
         self._max_header_bytes = max_header_bytes
 
@@ -108,7 +116,10 @@ class RequestRecord:
                 else:
                     raise
         finally:
-            record.log()
+            if scope["path"] not in OPEN_PATHS:
+                record.log()
+                if record.outcome is not None:
+                    self._metrics.count_http_request(record.outcome)
 
     async def _answer(self, scope: Scope, record: _Record) -> None:
         if self._has_large_headers(scope):
@@ -120,6 +131,7 @@ class RequestRecord:
             refusal = error_response(ShuttingDown(), headers={"connection": "close"})
             await refusal(scope, record.receive, record.send)
         elif self._lifecycle.count_connections() > self._max_connections:
+            self._metrics.count_rejection("connections")
             refusal = error_response(Unavailable(), headers={"connection": "close"})
             await refusal(scope, record.receive, record.send)
         else:
@@ -184,17 +196,20 @@ class _Record:
                 while message["type"] == "http.request" and message.get("more_body", False):
                     message = await self._receive()
 
+    @property
+    def outcome(self) -> int | None:
+        """The status of the answer; 499 where the client left, None where none was begun."""
+        return 499 if self.client_gone else self.status
+
     def log(self) -> None:
         path = self._scope["path"]
-        if path in OPEN_PATHS:
-            return
         line = {
             "event": "request",
             "request_id": self.request_id,
             "tenant": self._scope["state"].get("tenant", NO_TENANT),
             "method": self._scope["method"][:_MAX_LOGGED_CHARS],
             "path": path[:_MAX_LOGGED_CHARS],
-            "status": 499 if self.client_gone else self.status,
+            "status": self.outcome,
             "duration_ms": round((time.monotonic() - self._started_s) * 1000, 1),
         }
         if num_unknown := self._scope["state"].get("num_unknown_parameters", 0):

@@ -34,6 +34,7 @@ MAX_STOP_IDS = 64
 MAX_BIASES = 1024
 MAX_USER_BYTES = 512
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,18}", re.ASCII)
+_INT32_MIN, _INT32_MAX = -(2**31), 2**31 - 1
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 
 UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
@@ -89,7 +90,6 @@ UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
     "logits_processors": ([],),
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
-    "priority": (0,),
     "prompt_embeds": (),
     "prompt_logprobs": (),
     "request_id": (),
@@ -197,6 +197,7 @@ class ChatCompletionRequest(BaseModel):
     min_tokens: Annotated[Integer, Field(ge=0, le=_INT64_MAX)] | None = None
     seed: Annotated[Integer, Field(ge=_INT64_MIN, le=_INT64_MAX)] | None = None
     ignore_eos: Flag | None = None
+    priority: Annotated[Integer, Field(ge=_INT32_MIN, le=_INT32_MAX)] | None = None
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
     user: Text | None = None
@@ -224,6 +225,7 @@ class ChatCompletionRequest(BaseModel):
             stop_token_ids=tuple(self.stop_token_ids or ()),
             min_tokens=self.min_tokens or 0,
             ignore_eos=bool(self.ignore_eos),
+            priority=self.priority or 0,
         )
 
 

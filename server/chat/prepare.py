@@ -84,6 +84,7 @@ class ChatRequest:
     stop_token_ids: tuple[int, ...] = ()
     min_tokens: int = 0
     ignore_eos: bool = False
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +164,7 @@ class Preparer:
                 sampling=self._sampling(request, max_tokens=max_tokens),
                 vision=tuple(medium.vision for medium in ordered),
                 vision_starts=starts,
+                priority=request.priority,
             ),
             tiles=tuple(medium.tiles for medium in ordered),
             stop=request.stop,

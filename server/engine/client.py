@@ -10,14 +10,15 @@ import asyncio
 import secrets
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from server.config import EngineConfig, ModelConfig
 from server.core import GenerationRequest, Tiles, TokenEvent, VisionSpec
-from server.engine.facts import EngineFacts, EngineStatus
+from server.engine.admission import Admissions, Admitted
+from server.engine.facts import STEP_BOUNDS_S, EngineFacts, EngineStats, EngineStatus, QueueStats
 from server.engine.messages import Abort, Start, encode, submit_frames
 from server.engine.process import ENTRY_MODULE, EngineProcess, RestartPolicy
 from server.engine.validation import check_request
@@ -29,16 +30,21 @@ from server.errors import (
     Unavailable,
     WorkerRestarting,
 )
+from server.telemetry.metrics import Metrics
 
-__all__ = ["Engine", "EngineClient", "EngineFacts", "EngineStatus", "TokenStream"]
+__all__ = [
+    "STEP_BOUNDS_S",
+    "Engine",
+    "EngineClient",
+    "EngineFacts",
+    "EngineStats",
+    "EngineStatus",
+    "QueueStats",
+    "TokenStream",
+]
 
 MAX_CRASHES_MET = 2
 """A request that was being computed when so many processes ended is not sent to another."""
-
-MAX_WAITING_CAPACITIES = 4
-"""How many times the cache's capacity the waiting prompts may be, together."""
-
-MAX_WAITING_TILE_BYTES = 1 << 30
 
 
 class TokenStream:
@@ -93,6 +99,16 @@ class Engine(Protocol):
     @property
     def worker_pid(self) -> int | None: ...
 
+    @property
+    def num_restarts(self) -> int: ...
+
+    @property
+    def stats(self) -> EngineStats:
+        """What the engine process last said; its totals are those of all processes so far."""
+
+    @property
+    def queue(self) -> QueueStats: ...
+
     async def start(self) -> None:
         """Load the model; returns when ready. One-line CheckpointError or ConfigError if it cannot.
 
@@ -121,6 +137,7 @@ class EngineClient:
         vision: VisionSpec | None,
         engine: EngineConfig,
         model: ModelConfig,
+        metrics: Metrics,
         max_requests_per_tenant: int | None = None,
         on_loading: Callable[[int, int], None] | None = None,
         restart_policy: RestartPolicy | None = None,
@@ -128,11 +145,14 @@ class EngineClient:
     ) -> None:
         """`on_loading` is told the bytes of weights read so far and in all, also at a restart."""
         self._vision = vision
-        self._max_requests_waiting = engine.max_requests_waiting
+        self._metrics = metrics
         self._max_wait_s = engine.max_wait_s
-        self._max_requests_per_tenant = max_requests_per_tenant
         self._on_loading = on_loading
-        self._requests: dict[str, _Admitted] = {}  # in the order of arrival
+        self._requests = Admissions(
+            max_waiting=engine.max_requests_waiting, max_per_tenant=max_requests_per_tenant
+        )
+        self._stats = EngineStats()
+        self._totals_of_the_gone = self._stats.totals
         self._loop: asyncio.AbstractEventLoop | None = None
         self._process = EngineProcess(
             Start(
@@ -168,6 +188,18 @@ class EngineClient:
     def worker_pid(self) -> int | None:
         return self._process.pid
 
+    @property
+    def num_restarts(self) -> int:
+        return self._process.num_restarts
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    @property
+    def queue(self) -> QueueStats:
+        return self._requests.stats
+
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         await self._process.start()
@@ -182,12 +214,13 @@ class EngineClient:
         check_request(request, tiles, facts=facts, vision=self._vision)
         if request.request_id in self._requests:
             raise ServerError("Two requests have the same id.")
-        self._check_room(request, tiles, facts)
+        num_tile_bytes = sum(medium.nbytes for medium in tiles)
+        self._check_room(request, num_tile_bytes, facts)
         if request.sampling.seed is None:  # drawn here, so that sent twice it is the same request
             sampling = replace(request.sampling, seed=secrets.randbits(63))
             request = replace(request, sampling=sampling)
-        admitted = _Admitted(request, submit_frames(request, tiles))
-        self._requests[request.request_id] = admitted
+        admitted = Admitted(request, submit_frames(request, tiles), num_tile_bytes)
+        self._requests.enter(admitted)
         self._process.send(admitted.frames)
         self._limit_wait(request.request_id)
         return TokenStream(admitted.mailbox, partial(self._abort_from_anywhere, request.request_id))
@@ -197,15 +230,16 @@ class EngineClient:
             self._on_loading(num_bytes, total_bytes)
 
     def on_ready(self, facts: EngineFacts) -> None:
-        for admitted in self._requests.values():
+        for admitted in self._requests:
             if not admitted.num_crashes:
                 self._process.send(admitted.frames)
         self._send_next_suspect()
 
     def on_joined(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
-            if request_id in self._requests:
-                self._requests[request_id].is_waiting = False
+            admitted = self._requests.get(request_id)
+            if admitted is not None:
+                self._requests.start(admitted)
 
     def on_events(self, events: Sequence[TokenEvent]) -> None:
         for event in events:
@@ -215,18 +249,22 @@ class EngineClient:
             admitted.mailbox.put_nowait(event)
             admitted.frames = []
             if event.finish_reason is not None:
-                del self._requests[event.request_id]
+                self._requests.leave(admitted)
             if admitted.num_crashes:
                 self._send_next_suspect()
 
+    def on_stats(self, stats: EngineStats) -> None:
+        self._stats = replace(stats, totals=self._totals_of_the_gone.plus(stats.totals))
+
     def on_lost(self, *, is_final: bool) -> None:
-        for admitted in list(self._requests.values()):
+        self._totals_of_the_gone = self._stats.totals
+        self._stats = EngineStats(totals=self._totals_of_the_gone)
+        for admitted in self._requests:
             if is_final or not admitted.frames:
                 self._end(admitted, "worker_restarting")
                 continue
             if not admitted.is_waiting:
-                admitted.num_crashes += 1
-                admitted.is_waiting = True
+                self._requests.meet_crash(admitted)
             admitted.is_held_back = admitted.num_crashes > 0
             if admitted.num_crashes >= MAX_CRASHES_MET:
                 self._end(admitted, "internal_error")
@@ -235,8 +273,7 @@ class EngineClient:
         """Those that a crash has met go one after another, so that one is guilty of the next."""
         if self._process.status != "ready":
             return  # nothing would be sent; `on_ready` asks again
-        suspects = [admitted for admitted in self._requests.values() if admitted.num_crashes]
-        unanswered = [admitted for admitted in suspects if admitted.frames]
+        unanswered = [admitted for admitted in self._requests.suspects if admitted.frames]
         if unanswered and all(admitted.is_held_back for admitted in unanswered):
             unanswered[0].is_held_back = False
             self._process.send(unanswered[0].frames)
@@ -257,23 +294,14 @@ class EngineClient:
                 return self._process.facts
 
     def _check_room(
-        self, request: GenerationRequest, tiles: Sequence[Tiles], facts: EngineFacts
+        self, request: GenerationRequest, num_tile_bytes: int, facts: EngineFacts
     ) -> None:
-        """Admits what a queue with bounds can hold; an empty queue holds anything that can run."""
-        if self._max_requests_per_tenant is not None:
-            tenants = [admitted.request.tenant for admitted in self._requests.values()]
-            if tenants.count(request.tenant) >= self._max_requests_per_tenant:
-                raise RateLimited
-        waiting = [admitted for admitted in self._requests.values() if admitted.is_waiting]
-        if len(waiting) >= self._max_requests_waiting:
-            raise Unavailable
-        num_tokens = sum(len(admitted.request.prompt_ids) for admitted in waiting)
-        num_bytes = sum(admitted.num_tile_bytes for admitted in waiting)
-        if waiting and (
-            num_tokens + len(request.prompt_ids) > MAX_WAITING_CAPACITIES * facts.kv_tokens
-            or num_bytes + sum(medium.nbytes for medium in tiles) > MAX_WAITING_TILE_BYTES
-        ):
-            raise Unavailable
+        shortage = self._requests.shortage(
+            request, num_tile_bytes=num_tile_bytes, kv_tokens=facts.kv_tokens
+        )
+        if shortage is not None:
+            self._metrics.count_rejection(shortage)
+            raise RateLimited if shortage == "key_requests" else Unavailable
 
     def _limit_wait(self, request_id: str) -> None:
         # By its id: a timer must not keep the pixels of a request that is over.
@@ -287,6 +315,7 @@ class EngineClient:
         if self._process.status != "ready" or admitted.num_crashes:
             self._limit_wait(request_id)
             return
+        self._metrics.count_rejection("waiting_time")
         self._process.send([encode(Abort(request_id))])
         self._end(admitted, "server_is_overloaded")
 
@@ -296,36 +325,17 @@ class EngineClient:
             self._loop.call_soon_threadsafe(self._abort, request_id)
 
     def _abort(self, request_id: str) -> None:
-        if self._requests.pop(request_id, None) is not None:
+        admitted = self._requests.get(request_id)
+        if admitted is not None:
+            self._requests.leave(admitted)
             self._process.send([encode(Abort(request_id))])
             self._send_next_suspect()
 
-    def _end(self, admitted: _Admitted, error_code: str) -> None:
-        request_id = admitted.request.request_id
-        del self._requests[request_id]
-        admitted.mailbox.put_nowait(TokenEvent(request_id, None, "error", error_code))
+    def _end(self, admitted: Admitted, error_code: str) -> None:
+        self._requests.leave(admitted)
+        event = TokenEvent(admitted.request.request_id, None, "error", error_code)
+        admitted.mailbox.put_nowait(event)
 
     def _end_all(self, error_code: str) -> None:
-        for admitted in list(self._requests.values()):
+        for admitted in self._requests:
             self._end(admitted, error_code)
-
-
-@dataclass(slots=True)
-class _Admitted:
-    """A request in the engine. `frames` is what would be sent again; empty after its first event.
-
-    It waits until the engine process says that it joined the running set; `num_crashes` counts
-    the processes that ended while it was in there. One that a crash has met is held back while
-    another such is on its way.
-    """
-
-    request: GenerationRequest
-    frames: list[bytes | memoryview]
-    mailbox: asyncio.Queue[TokenEvent] = field(default_factory=asyncio.Queue)
-    is_waiting: bool = True
-    num_crashes: int = 0
-    is_held_back: bool = False
-
-    @property
-    def num_tile_bytes(self) -> int:
-        return sum(len(frame) for frame in self.frames[1:])

@@ -52,6 +52,8 @@ class EncoderCache:
         self._kept: OrderedDict[Key, Encoding] = OrderedDict()
         self._held_bytes = 0
         self._kept_bytes = 0
+        self.num_hits = 0
+        self.num_misses = 0
 
     @property
     def num_bytes(self) -> int:
@@ -61,6 +63,10 @@ class EncoderCache:
     @property
     def held_bytes(self) -> int:
         return self._held_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        return self._kept_bytes
 
     def has_room(self, tenant: str, media: Iterable[VisionInput]) -> bool:
         """Whether these fit beside what is held; whoever is first may be as large as it is."""
@@ -76,10 +82,13 @@ class EncoderCache:
         key = tenant, vision.digest
         encoding = self._held.get(key) or self._kept.pop(key, None)
         if encoding is None:
+            self.num_misses += 1
             num_bytes = vision.num_tokens * self._bytes_per_token
             encoding = Encoding(key, len(vision.layout.tile_queries), num_bytes)
-        elif key not in self._held:
-            self._kept_bytes -= encoding.num_bytes
+        else:
+            self.num_hits += 1
+            if key not in self._held:
+                self._kept_bytes -= encoding.num_bytes
         if key not in self._held:
             self._held[key] = encoding
             self._held_bytes += encoding.num_bytes

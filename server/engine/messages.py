@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from server.core import GenerationRequest, Tiles, TokenEvent
-from server.engine.facts import EngineFacts
+from server.engine.facts import EngineFacts, EngineStats
 
 
 class Start(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -77,9 +77,13 @@ class Joined(msgspec.Struct, frozen=True, tag=True):
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """One after each step, and one every second while idle: the sign of life."""
+    """One after each step, and one every second while idle: the sign of life.
+
+    `stats` are those after the events. They come now and then, and always when nothing is left.
+    """
 
     events: tuple[TokenEvent, ...] = ()
+    stats: EngineStats | None = None
 
 
 FromEngine: TypeAlias = Loading | LoadFailed | Ready | Joined | Progress

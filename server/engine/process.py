@@ -22,7 +22,7 @@ import zmq
 import zmq.asyncio
 
 from server.core import TokenEvent
-from server.engine.facts import EngineFacts, EngineStatus
+from server.engine.facts import EngineFacts, EngineStats, EngineStatus
 from server.engine.messages import (
     Joined,
     LoadFailed,
@@ -65,6 +65,9 @@ class Listener(Protocol):
     def on_joined(self, request_ids: Sequence[str]) -> None: ...
 
     def on_events(self, events: Sequence[TokenEvent]) -> None: ...
+
+    def on_stats(self, stats: EngineStats) -> None:
+        """What the process has counted since it began; before the events that it comes with."""
 
     def on_lost(self, *, is_final: bool) -> None:
         """The process is gone; another follows unless `is_final`."""
@@ -112,6 +115,7 @@ class EngineProcess:
     ) -> None:
         self.status: EngineStatus = "loading"
         self.facts: EngineFacts | None = None
+        self.num_restarts = 0
         self._start_message = start_message
         self._listener = listener
         self._restart_policy = restart_policy
@@ -175,6 +179,7 @@ class EngineProcess:
                     return
                 delay_s = self._restart_policy.delay_after_crash()
                 self.status = "crashed" if delay_s is None else "restarting"
+                self.num_restarts += delay_s is not None
                 _log.error("%s; %s", failure, _outlook(delay_s))
                 self._listener.on_lost(is_final=delay_s is None)
         finally:
@@ -229,6 +234,8 @@ class EngineProcess:
                 case Joined():
                     self._listener.on_joined(message.request_ids)
                 case Progress():
+                    if message.stats is not None:
+                        self._listener.on_stats(message.stats)
                     self._listener.on_events(message.events)
 
 

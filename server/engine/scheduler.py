@@ -3,8 +3,9 @@
 It hands out blocks and encodings and ends sequences. It knows no tensors, so that it is tested as
 the state machine it is.
 
-Sequences join the running set in the order they came, tenants in turn, as long as the cache has
-room for what is known of them; nobody overtakes the first that waits for room. In a step every
+Sequences join the running set as long as the cache has room for what is known of them: tenants in
+turn, and within a tenant by priority, then in the order they came. Nobody passes by the first in
+line because it needs more room. In a step every
 running answer goes on by one token; what is left of the budget goes to the prompts, short ones
 first, a share of it always to the one that joined first. An answer grows block by block: when none
 is left, the sequence that joined last gives up its blocks and is computed again later.
@@ -13,6 +14,7 @@ is left, the sequence that joined last gives up its blocks and is computed again
 from __future__ import annotations
 
 import secrets
+from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Iterator
 from collections.abc import Sequence as AbstractSequence
@@ -40,11 +42,44 @@ MAX_TILE_BYTES = 1 << 30
 """The pixels of all running sequences, which are kept in case one has to be computed again."""
 
 
-class WaitingLine:
-    """First come, first served within a tenant; tenants take turns."""
+class _TenantLine:
+    """One tenant's waiting sequences: a lower priority first, first come first among equals."""
 
     def __init__(self) -> None:
-        self._by_tenant: OrderedDict[str, OrderedDict[str, Sequence]] = OrderedDict()
+        self._by_priority: dict[int, OrderedDict[str, Sequence]] = {}
+        self._priorities: list[int] = []  # the keys, in order
+
+    def __bool__(self) -> bool:
+        return bool(self._priorities)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        for priority in self._priorities:
+            yield from self._by_priority[priority].values()
+
+    def add(self, sequence: Sequence, *, is_first: bool) -> None:
+        """After its equals, or before them."""
+        priority = sequence.request.priority
+        if priority not in self._by_priority:
+            self._by_priority[priority] = OrderedDict()
+            insort(self._priorities, priority)
+        equals = self._by_priority[priority]
+        equals[sequence.request_id] = sequence
+        equals.move_to_end(sequence.request_id, last=not is_first)
+
+    def remove(self, sequence: Sequence) -> None:
+        priority = sequence.request.priority
+        equals = self._by_priority[priority]
+        del equals[sequence.request_id]
+        if not equals:
+            del self._by_priority[priority]
+            del self._priorities[bisect_left(self._priorities, priority)]
+
+
+class WaitingLine:
+    """Tenants take turns, whatever their priorities; within a tenant see `_TenantLine`."""
+
+    def __init__(self) -> None:
+        self._by_tenant: OrderedDict[str, _TenantLine] = OrderedDict()
         self._num_waiting = 0
 
     def __len__(self) -> int:
@@ -52,17 +87,15 @@ class WaitingLine:
 
     def __iter__(self) -> Iterator[Sequence]:
         for line in self._by_tenant.values():
-            yield from line.values()
+            yield from line
 
     def append(self, sequence: Sequence) -> None:
-        self._line_of(sequence)[sequence.request_id] = sequence
+        self._line_of(sequence).add(sequence, is_first=False)
         self._num_waiting += 1
 
     def put_back(self, sequence: Sequence) -> None:
-        """Before the others of its tenant, whose turn is the next: it has been here before."""
-        line = self._line_of(sequence)
-        line[sequence.request_id] = sequence
-        line.move_to_end(sequence.request_id, last=False)
+        """Before its equals of its tenant, whose turn is the next: it has been here before."""
+        self._line_of(sequence).add(sequence, is_first=True)
         self._by_tenant.move_to_end(sequence.request.tenant, last=False)
         self._num_waiting += 1
 
@@ -79,13 +112,24 @@ class WaitingLine:
 
     def remove(self, sequence: Sequence) -> None:
         line = self._by_tenant[sequence.request.tenant]
-        del line[sequence.request_id]
+        line.remove(sequence)
         if not line:
             del self._by_tenant[sequence.request.tenant]
         self._num_waiting -= 1
 
-    def _line_of(self, sequence: Sequence) -> OrderedDict[str, Sequence]:
-        return self._by_tenant.setdefault(sequence.request.tenant, OrderedDict())
+    def _line_of(self, sequence: Sequence) -> _TenantLine:
+        return self._by_tenant.setdefault(sequence.request.tenant, _TenantLine())
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a scheduler has done so far; see `EngineTotals`."""
+
+    num_prompt_tokens_computed: int = 0
+    num_tokens_generated: int = 0
+    num_preemptions: int = 0
+    num_prefix_tokens_looked_up: int = 0
+    num_prefix_tokens_hit: int = 0
 
 
 @dataclass(slots=True)
@@ -112,6 +156,7 @@ class Scheduler:
         """`secret` keeps the keys of cached prefixes from being foreseen; drawn if not given."""
         self.pool = pool
         self.encoder_cache = encoder_cache
+        self.counts = Counts()
         self._budget = budget
         self._max_running = max_running
         self._prefix_keys = PrefixKeys(
@@ -120,6 +165,7 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}
         self._waiting = WaitingLine()
         self._running: list[Sequence] = []  # in the order they joined
+        self._running_tile_bytes = 0
 
     @property
     def idle(self) -> bool:
@@ -133,8 +179,12 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
+    @property
+    def running_tile_bytes(self) -> int:
+        return self._running_tile_bytes
+
     def add(self, sequence: Sequence) -> None:
-        """Last in the line of its tenant. What could never fit must have been refused before."""
+        """To the line of its tenant. What could never fit must have been refused before."""
         if self.pool.blocks_for(sequence.max_tokens) > self.pool.num_blocks:
             raise ValueError("the sequence is longer than the whole cache")
         if sequence.request_id in self._sequences:
@@ -202,6 +252,8 @@ class Scheduler:
             raise RuntimeError("a waiting sequence is not waiting, or holds blocks")
         if any(sequence.status != "running" for sequence in self._running):
             raise RuntimeError("a sequence in the running set is not running")
+        if sum(sequence.num_tile_bytes for sequence in self._running) != self._running_tile_bytes:
+            raise RuntimeError("the bytes of the running sequences' tiles do not add up")
         if len(self._running) > self._max_running:
             raise RuntimeError("more sequences run than may")
         known = {sequence.request_id for sequence in [*self._waiting, *self._running]}
@@ -226,10 +278,11 @@ class Scheduler:
         while self._waiting and len(self._running) < self._max_running:
             sequence = self._waiting.first()
             if not self._take_room(sequence):
-                break  # the first waits for room; nobody overtakes it
+                break  # the first waits for room; nobody passes it by
             self._waiting.take()
             sequence.status = "running"
             self._running.append(sequence)
+            self._running_tile_bytes += sequence.num_tile_bytes
             joined.append(sequence)
         return joined
 
@@ -246,7 +299,7 @@ class Scheduler:
         # Everybody who runs will soon want another block.
         is_enough = (
             missing + len(self._running) <= self.pool.num_free
-            and self._tile_bytes() + sequence.num_tile_bytes <= MAX_TILE_BYTES
+            and self._running_tile_bytes + sequence.num_tile_bytes <= MAX_TILE_BYTES
         ) or not self._running
         if not is_enough or not self.encoder_cache.has_room(
             tenant, [medium.vision for medium in media]
@@ -257,12 +310,11 @@ class Scheduler:
         sequence.num_computed = num_shared
         if sequence.num_cached is None:
             sequence.num_cached = num_shared
+            self.counts.num_prefix_tokens_looked_up += len(sequence)
+            self.counts.num_prefix_tokens_hit += num_shared
         for medium in media:
             medium.encoding = self.encoder_cache.acquire(tenant, medium.vision)
         return True
-
-    def _tile_bytes(self) -> int:
-        return sum(sequence.num_tile_bytes for sequence in self._running)
 
     def _advance_prompts(self, prompts: list[Sequence], plan: _Plan) -> None:
         left = max(1, self._budget.max_tokens - len(plan.spans))
@@ -312,6 +364,9 @@ class Scheduler:
 
     def _mark_computed(self, sequence: Sequence, stop: int) -> None:
         size = self.pool.block_size
+        num_prompt = len(sequence.request.prompt_ids)
+        if sequence.num_computed < num_prompt:
+            self.counts.num_prompt_tokens_computed += min(stop, num_prompt) - sequence.num_computed
         self._prefix_keys.extend(sequence, stop=stop)
         for index in range(sequence.num_computed // size, stop // size):
             self.pool.name(sequence.block_table[index], sequence.block_keys[index])
@@ -323,6 +378,7 @@ class Scheduler:
     def _append(self, sequence: Sequence, token_id: int) -> TokenEvent:
         is_first = not sequence.num_generated
         sequence.token_ids.append(token_id)
+        self.counts.num_tokens_generated += 1
         sampling = sequence.request.sampling
         reason: FinishReason | None = None
         if token_id in sampling.stop_token_ids:
@@ -349,15 +405,20 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the head of the line, with nothing computed but its tokens kept."""
-        self._running.remove(sequence)
+        self._leave(sequence)
         self._free(sequence)
         sequence.status = "waiting"
         sequence.num_computed = 0
         self._waiting.put_back(sequence)
+        self.counts.num_preemptions += 1
+
+    def _leave(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._running_tile_bytes -= sequence.num_tile_bytes
 
     def _release(self, sequence: Sequence) -> None:
         if sequence.status == "running":
-            self._running.remove(sequence)
+            self._leave(sequence)
         else:
             self._waiting.remove(sequence)
         self._free(sequence)

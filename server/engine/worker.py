@@ -13,6 +13,7 @@ from typing import Protocol
 from server.core import Tiles, TokenEvent, VisionSpec
 from server.engine.facts import EngineFacts
 from server.engine.messages import Abort, FromEngine, Joined, Progress, Stop, Submit, ToEngine
+from server.engine.meter import Meter
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Batch, DeviceError, Sequence, SpanOutput
 from server.engine.validation import check_request
@@ -48,9 +49,11 @@ class Worker:
         *,
         facts: EngineFacts,
         vision: VisionSpec | None,
+        meter: Meter,
     ) -> None:
         self._channel = channel
         self._scheduler = scheduler
+        self._meter = meter
         self._runner = runner
         self._facts = facts
         self._vision = vision
@@ -85,7 +88,7 @@ class Worker:
             self._channel.send(Joined(tuple(sequence.request_id for sequence in batch.joined)))
 
     def _emit(self, events: AbstractSequence[TokenEvent]) -> None:
-        self._channel.send(Progress(tuple(events)))
+        self._channel.send(Progress(tuple(events), self._meter.stats_if_due()))
 
     def _add(self, message: Submit, tiles: list[Tiles]) -> None:
         request = message.request
@@ -96,6 +99,7 @@ class Worker:
             self._emit([TokenEvent(request.request_id, None, "error", error.code)])
 
     def _step(self, batch: Batch) -> None:
+        self._meter.begin_step()
         try:
             outputs = self._runner.run(batch)
         except DeviceError:
@@ -106,9 +110,12 @@ class Worker:
             _log.exception("A step failed; running it again, one sequence at a time.")
             succeeded = [self._alone(sequence, part) for sequence, part in batch.alone()]
             self._last_step_failed = not any(succeeded)
+            self._meter.end_step()
             return
         self._last_step_failed = False
-        self._emit(self._scheduler.commit(batch, outputs))
+        events = self._scheduler.commit(batch, outputs)
+        self._meter.end_step()
+        self._emit(events)
 
     def _alone(self, sequence: Sequence, batch: Batch) -> bool:
         """Whether it could be computed. Told at once: together they may take long."""

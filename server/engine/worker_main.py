@@ -24,6 +24,7 @@ from server.engine.channel import SocketChannel
 from server.engine.encodings import EncoderCache
 from server.engine.facts import EngineFacts
 from server.engine.messages import LoadFailed, Loading, Ready, Start
+from server.engine.meter import Meter
 from server.engine.runner import Runner, choose_cache_bytes
 from server.engine.scheduler import Scheduler
 from server.engine.warm_up import warm_up
@@ -142,7 +143,8 @@ def _load(channel: SocketChannel, wrap: Callable[[Runner], StepRunner]) -> Worke
         load_s=round(time.monotonic() - started_s, 3),
     )
     channel.send(Ready(facts))
-    return Worker(channel, scheduler, runner, facts=facts, vision=vision)
+    meter = Meter(scheduler)
+    return Worker(channel, scheduler, runner, facts=facts, vision=vision, meter=meter)
 
 
 def _placeholder_ids(vision: VisionSpec | None) -> frozenset[int]:

@@ -59,7 +59,7 @@ def test_values_that_ask_for_something(name: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("n", 1.0), ("length_penalty", 1.0), ("priority", -0.0)]
+    ("name", "value"), [("n", 1.0), ("length_penalty", 1.0), ("min_new_tokens", -0.0)]
 )
 def test_neutral_numbers_may_be_written_as_floats(name: str, value: float) -> None:
     parse(**{name: value})
@@ -97,6 +97,7 @@ WRONG_TYPES: dict[str, list[object]] = {
     "stop_token_ids": [True, 5, {}],
     "min_tokens": [True, "1", 1.5],
     "ignore_eos": [0, 1, "true", []],
+    "priority": [True, "1", 0.5, [1]],
     "stream": [0, 1, "true", []],
     "stream_options": [True, "usage", []],
     "user": [1, True, ["u"]],
@@ -121,6 +122,7 @@ OUT_OF_RANGE: dict[str, list[object]] = {
     "presence_penalty": [-2.1, 2.1, 1e308],
     "frequency_penalty": [-2.1, 2.1],
     "min_tokens": [-1, 1e300],
+    "priority": [-(2**31) - 1, 2**31, 2**63, -1e300],
 }
 
 
@@ -145,6 +147,7 @@ IN_RANGE: dict[str, list[tuple[object, object]]] = {
     "stop_token_ids": [([], ()), ([7, 8.0], (7, 8))],
     "min_tokens": [(0, 0), (3.0, 3)],
     "ignore_eos": [(True, True), (False, False)],
+    "priority": [(0, 0), (-(2**31), -(2**31)), (2**31 - 1, 2**31 - 1), (-5.0, -5)],
 }
 
 

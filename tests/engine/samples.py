@@ -51,6 +51,7 @@ def make_request(
     temperature: float = 0.0,
     stop: Sequence[int] = (),
     seed: int | None = None,
+    priority: int = 0,
     spec: VisionSpec = SPEC,
 ) -> GenerationRequest:
     """A request whose prompt is ids, and media where their placeholders stand."""
@@ -68,7 +69,7 @@ def make_request(
         max_tokens=max_tokens, temperature=temperature, stop_token_ids=tuple(stop), seed=seed
     )
     vision = tuple(part for part in prompt if isinstance(part, VisionInput))
-    return GenerationRequest(name, "tenant", tuple(ids), sampling, vision, tuple(starts))
+    return GenerationRequest(name, "tenant", tuple(ids), sampling, vision, tuple(starts), priority)
 
 
 def make_tiles(request: GenerationRequest, *, side: int = TILE_SIZE) -> list[Tiles]:

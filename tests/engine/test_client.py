@@ -16,9 +16,10 @@ import pytest_asyncio
 
 from server.config import EngineConfig, ModelConfig
 from server.core import Tiles, TokenEvent, VisionInput, VisionLayout
-from server.engine.client import EngineClient, TokenStream
+from server.engine.client import EngineClient, QueueStats, TokenStream
 from server.errors import InvalidPrompt, PromptTooLong, RateLimited, ServerError, Unavailable
 from server.model.config import CheckpointInfo
+from server.telemetry.metrics import Metrics
 from tests.engine.faulty_worker import MODULE, RAISE, SLOW
 from tests.engine.samples import make_request, make_tiles
 
@@ -38,9 +39,14 @@ def loading() -> list[tuple[int, int]]:
     return []
 
 
+@pytest.fixture(scope="module")
+def metrics() -> Metrics:
+    return Metrics()
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def client(
-    tiny_info: CheckpointInfo, loading: list[tuple[int, int]]
+    tiny_info: CheckpointInfo, loading: list[tuple[int, int]], metrics: Metrics
 ) -> AsyncIterator[EngineClient]:
     engine = EngineConfig(
         num_threads=1, block_size=4, max_requests_waiting=3, max_requests_running=1
@@ -50,6 +56,7 @@ async def client(
         vision=tiny_info.vision,
         engine=engine,
         model=ModelConfig(device="cpu", max_context=512),
+        metrics=metrics,
         max_requests_per_tenant=4,
         on_loading=lambda num_bytes, total_bytes: loading.append((num_bytes, total_bytes)),
         entry_module=MODULE,
@@ -137,6 +144,25 @@ async def test_a_failing_request_is_no_crash(client: EngineClient) -> None:
     assert client.worker_pid == pid
 
 
+async def test_among_those_who_wait_the_lower_priority_is_first(client: EngineClient) -> None:
+    running = await client.submit(make_request("0", prompt=(SLOW, 1), max_tokens=400), [])
+    await anext(running)
+    ended: list[str] = []
+
+    async def wait(name: str, priority: int) -> None:
+        request = make_request(name, max_tokens=1, priority=priority)
+        await collect(await client.submit(request, []))
+        ended.append(name)
+
+    waiting = [asyncio.create_task(wait(*each)) for each in (("a", 0), ("b", 7), ("c", -7))]
+    async with asyncio.timeout(10):
+        while client.queue.num_waiting < 3:
+            await asyncio.sleep(0.01)
+    running.close()
+    await asyncio.gather(*waiting)
+    assert ended == ["c", "a", "b"]
+
+
 async def test_closing_a_stream_frees_the_engine_for_the_next(client: EngineClient) -> None:
     """One runs at a time: the second answers only because the first, endless one is gone."""
     stream = await client.submit(make_request("long", prompt=(SLOW, 1), max_tokens=500), [])
@@ -173,7 +199,7 @@ async def test_what_cannot_be_computed_is_refused_before_a_stream(client: Engine
         await client.submit(make_request(prompt=(272,)), [])
 
 
-async def test_the_queue_has_an_end(client: EngineClient) -> None:
+async def test_the_queue_has_an_end(client: EngineClient, metrics: Metrics) -> None:
     """Of one tenant four may be in the engine; of all, three may wait."""
     running = await client.submit(make_request("0", prompt=(SLOW, 1), max_tokens=400), [])
     await anext(running)
@@ -185,9 +211,13 @@ async def test_the_queue_has_an_end(client: EngineClient) -> None:
     with pytest.raises(Unavailable) as error:
         await client.submit(other, [])
     assert error.value.code == "server_is_overloaded"
+    assert client.queue == QueueStats(num_started=1, num_waiting=3, waiting_prompt_tokens=9)
     running.close()
     for stream in streams:
         assert len(await collect(stream)) == 1
+    assert client.queue == QueueStats()
+    for reason in ("key_requests", "waiting_requests"):
+        assert f'hcx_requests_rejected_total{{reason="{reason}"}} 1.0' in metrics.text().decode()
 
 
 async def test_two_requests_with_one_id_are_a_bug_of_ours(client: EngineClient) -> None:

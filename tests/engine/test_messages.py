@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from server.core import TokenEvent
+from server.engine.facts import EngineStats, EngineTotals
 from server.engine.messages import (
     Abort,
     FromEngine,
@@ -52,6 +53,7 @@ def test_messages_to_the_engine_arrive_as_they_were(message: ToEngine) -> None:
         Joined(("a", "b")),
         Progress(),
         Progress((TokenEvent("r", 7), TokenEvent("r", None, "error", "internal_error"))),
+        Progress((), EngineStats(num_running=1, totals=EngineTotals(num_steps=2, steps_s=0.5))),
     ],
 )
 def test_messages_from_the_engine_arrive_as_they_were(message: FromEngine) -> None:
@@ -59,7 +61,7 @@ def test_messages_from_the_engine_arrive_as_they_were(message: FromEngine) -> No
 
 
 def test_a_request_arrives_with_its_pixels() -> None:
-    request = make_request(prompt=(1, PICTURE, 2, VIDEO), seed=-(2**62), stop=(3,))
+    request = make_request(prompt=(1, PICTURE, 2, VIDEO), seed=-(2**62), stop=(3,), priority=-7)
     tiles = make_tiles(request)
     head, *frames = submit_frames(request, tiles)
     message = decode_to_engine(bytes(head))

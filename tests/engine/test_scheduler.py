@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -14,7 +16,7 @@ from server.core import TokenEvent, VisionInput
 from server.engine import scheduler as scheduler_module
 from server.engine.blocks import BlockPool
 from server.engine.encodings import EncoderCache
-from server.engine.scheduler import Scheduler
+from server.engine.scheduler import Counts, Scheduler
 from server.engine.sequence import Batch, Sequence, Span, SpanOutput, StepBudget
 from tests.engine.samples import PICTURE, VIDEO, make_request, make_tiles
 
@@ -247,6 +249,104 @@ def test_one_who_had_to_go_back_comes_before_those_who_never_ran() -> None:
     assert joined[0] == "b" and joined[-1] == "c"
 
 
+def joining_order(scheduler: Scheduler, cache: FakeCache | None = None) -> list[str]:
+    cache, joined = cache or FakeCache(scheduler.pool.block_size), []
+    while batch := scheduler.schedule():
+        joined += [sequence.request_id for sequence in batch.joined]
+        scheduler.commit(batch, cache.run(batch))
+    return joined
+
+
+def test_of_one_tenant_a_lower_priority_starts_first_and_equals_as_they_came() -> None:
+    scheduler = make_scheduler(max_running=1)
+    for name, priority in (("a", 0), ("b", 5), ("c", -1), ("d", 0), ("e", -1), ("f", -(2**31))):
+        scheduler.add(make_sequence(name, priority=priority))
+    assert joining_order(scheduler) == ["f", "c", "e", "a", "d", "b"]
+
+
+def test_no_priority_gets_a_tenant_more_turns() -> None:
+    scheduler = make_scheduler(max_running=1)
+    for number in range(3):
+        scheduler.add(make_sequence(f"a{number}", tenant="a"))
+    for number in range(3):
+        scheduler.add(make_sequence(f"b{number}", tenant="b", priority=-number))
+    assert joining_order(scheduler) == ["a0", "b2", "a1", "b1", "a2", "b0"]
+
+
+def test_one_who_had_to_go_back_comes_before_its_equals_only() -> None:
+    scheduler, cache = make_scheduler(num_blocks=6), FakeCache(4)
+    for name in "ab":
+        scheduler.add(make_sequence(name, prompt=(ord(name),) * 7, max_tokens=9))
+    batch = scheduler.schedule()
+    assert batch is not None
+    scheduler.commit(batch, cache.run(batch))
+    for name, priority in (("equal", 0), ("important", -1), ("unimportant", 1)):
+        scheduler.add(make_sequence(name, prompt=(9,) * 20, max_tokens=1, priority=priority))
+    assert joining_order(scheduler, cache) == ["important", "b", "equal", "unimportant"]
+    assert scheduler.counts.num_preemptions == 1
+
+
+def test_what_was_done_is_counted() -> None:
+    scheduler, cache = make_scheduler(num_blocks=64, max_tokens=100), FakeCache(4)
+    for name in ("first", "second"):
+        scheduler.add(make_sequence(name, prompt=range(10), max_tokens=3))
+        answer(scheduler, cache)
+    assert scheduler.counts == Counts(
+        num_prompt_tokens_computed=10 + 2,
+        num_tokens_generated=6,
+        num_prefix_tokens_looked_up=20,
+        num_prefix_tokens_hit=8,
+    )
+    for name in ("third", "fourth"):
+        scheduler.add(make_sequence(name, prompt=(ord(name[0]), PICTURE, 1), max_tokens=1))
+        answer(scheduler, cache)
+    encodings = scheduler.encoder_cache
+    assert (encodings.num_misses, encodings.num_hits) == (1, 1)
+
+
+def test_one_who_comes_back_is_not_counted_as_another_look_into_the_cache() -> None:
+    scheduler, cache = make_scheduler(num_blocks=6), FakeCache(4)
+    for name in "ab":
+        scheduler.add(make_sequence(name, prompt=(ord(name),) * 7, max_tokens=9))
+    answer(scheduler, cache)
+    counts = scheduler.counts
+    assert counts.num_preemptions >= 1
+    assert (counts.num_tokens_generated, counts.num_prefix_tokens_looked_up) == (18, 14)
+
+
+def test_a_thousand_random_aborts_leave_nothing_behind() -> None:
+    """Whatever their phase: waiting, reading a picture or a prompt, answering, sent back."""
+    chance = random.Random(1)
+    scheduler = make_scheduler(num_blocks=24, max_running=6, encoder_bytes=30)
+    cache, num_added = FakeCache(4), 0
+    ends: Counter[str | None] = Counter()
+    unfinished: list[str] = []
+    while ends["abort"] < 1000:
+        while len(unfinished) < 10:
+            name, num_added = str(num_added), num_added + 1
+            media = chance.choice([(), (PICTURE,), (VIDEO,), (OTHER_PICTURE, VIDEO)])
+            prompt = (*range(chance.randint(1, 20)), *media, chance.randint(1, 90))
+            options = {"max_tokens": chance.randint(1, 20), "priority": chance.randint(-1, 1)}
+            tenant = chance.choice("ab")
+            scheduler.add(make_sequence(name, tenant=tenant, prompt=prompt, **options))
+            unfinished.append(name)
+        batch = scheduler.schedule()
+        assert batch is not None
+        events = scheduler.commit(batch, cache.run(batch))
+        for name in chance.sample(unfinished, chance.randint(0, 3)):
+            events += scheduler.abort(name)
+        scheduler.check()
+        ended = {event.request_id: event.finish_reason for event in events if event.finish_reason}
+        ends.update(ended.values())
+        unfinished = [name for name in unfinished if name not in ended]
+    for name in unfinished:
+        scheduler.abort(name)
+    scheduler.check()
+    assert scheduler.idle and scheduler.counts.num_preemptions > 0
+    assert scheduler.pool.num_used == scheduler.encoder_cache.held_bytes == 0
+    assert scheduler.num_waiting == scheduler.num_running == scheduler.running_tile_bytes == 0
+
+
 def test_the_same_beginning_is_computed_once() -> None:
     scheduler, cache = make_scheduler(num_blocks=64, max_tokens=100), FakeCache(4)
     prompt = tuple(range(30))
@@ -458,6 +558,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         media=st.sampled_from([(), (PICTURE,), (OTHER_PICTURE,), (VIDEO,)]),
         stop=st.lists(st.integers(0, 96), max_size=20),
         tenant=st.sampled_from("ab"),
+        priority=st.integers(-1, 1),
     )
     def add(
         self,
@@ -466,11 +567,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         media: tuple[VisionInput, ...],
         stop: list[int],
         tenant: str,
+        priority: int,
     ) -> None:
         prompt = (*range(1, num_ids + 1), *media)
         name = str(len(self.added))
         sequence = make_sequence(
-            name, tenant=tenant, prompt=prompt, max_tokens=max_tokens, stop=stop
+            name,
+            tenant=tenant,
+            prompt=prompt,
+            max_tokens=max_tokens,
+            stop=stop,
+            priority=priority,
         )
         self.added.append(sequence)
         self.answers[name] = []
@@ -500,6 +607,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.note(self.scheduler.abort(str(number)))
 
     def judge(self, batch: Batch) -> None:
+        waiting = [sequence for sequence in self.added if sequence.status == "waiting"]
+        for joined in batch.joined:
+            assert not any(self.is_before(other, joined) for other in waiting)
         answering = sum(len(span) == 1 and span.is_sampled for span in batch.spans)
         prompts = batch.num_tokens - answering
         assert prompts <= max(1, MAX_TOKENS - answering)
@@ -508,6 +618,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         for span in batch.spans:
             assert span.start == span.sequence.num_computed < span.stop <= len(span.sequence)
             assert span.stop <= len(span.sequence.block_table) * self.scheduler.pool.block_size
+
+    def is_before(self, one: Sequence, other: Sequence) -> bool:
+        """Whether of two of a tenant the one must join first. Of those who ran before, nobody
+        knows here in which order they went back."""
+        if one.request.tenant != other.request.tenant:
+            return False
+        if one.request.priority != other.request.priority:
+            return one.request.priority < other.request.priority
+        if other.num_cached is not None:
+            return False
+        return one.num_cached is not None or int(one.request_id) < int(other.request_id)
 
     def note(self, events: list[TokenEvent]) -> None:
         for event in events:

@@ -21,6 +21,7 @@ from server.core import TokenEvent
 from server.engine.client import EngineClient, TokenStream
 from server.engine.process import RestartPolicy
 from server.errors import CheckpointError, ConfigError, ModelLoading, ShuttingDown, WorkerRestarting
+from server.telemetry.metrics import Metrics
 from tests.engine.faulty_worker import HANG, KILL, KILL_AFTER_FIRST_TOKEN, MODULE, SLOW
 from tests.engine.samples import make_request
 
@@ -41,6 +42,7 @@ def make_client(
         vision=None,
         engine=EngineConfig.model_validate(settings),
         model=ModelConfig(device="cpu"),
+        metrics=Metrics(),
         restart_policy=restart_policy or RestartPolicy(max_delay_s=0.2, first_delay_s=0.05),
         entry_module=entry_module,
     )
@@ -105,6 +107,23 @@ async def test_a_killed_process_ends_what_it_answered_and_nothing_that_waited(
         assert client.worker_pid != first_pid
 
 
+async def test_what_was_counted_goes_on_with_the_next_process(tiny_checkpoint: Path) -> None:
+    async with started(make_client(tiny_checkpoint)) as client:
+        for num_lives in (1, 2):
+            assert len(await collect(await client.submit(make_request(max_tokens=5), []))) == 5
+            stats = client.stats  # those that came with the last token
+            assert stats.totals.num_tokens_generated == 5 * num_lives
+            assert stats.totals.num_prompt_tokens_computed == 3 * num_lives
+            assert stats.totals.num_steps == sum(stats.totals.num_steps_up_to) == 5 * num_lives
+            assert (stats.num_running, stats.num_blocks_used) == (0, 0)
+            assert client.num_restarts == num_lives - 1
+            assert client.worker_pid is not None
+            os.kill(client.worker_pid, signal.SIGKILL)
+            await until(lambda: client.status == "restarting")
+            assert client.stats.totals == stats.totals
+            await until(lambda: client.status == "ready")
+
+
 async def test_what_meets_two_crashes_ends_and_its_neighbours_are_answered(
     tiny_checkpoint: Path,
 ) -> None:
@@ -132,7 +151,7 @@ async def test_a_client_that_leaves_during_a_restart_holds_nobody_back(
     async with started(client):
         slow = [await client.submit(make_request(n, prompt=(SLOW,)), []) for n in "ab"]
         leaving = await client.submit(make_request("leaving"), [])
-        await until(lambda: sum(a.is_waiting for a in client._requests.values()) == 1)
+        await until(lambda: client.queue.num_waiting == 1)
         assert client.worker_pid is not None
         os.kill(client.worker_pid, signal.SIGKILL)
         await until(lambda: client.status == "restarting")

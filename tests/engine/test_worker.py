@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from server.core import Tiles, TokenEvent
 from server.engine.blocks import BlockPool
 from server.engine.encodings import EncoderCache
+from server.engine.facts import EngineStats, EngineTotals
 from server.engine.messages import (
     Abort,
     FromEngine,
@@ -18,6 +21,7 @@ from server.engine.messages import (
     Submit,
     ToEngine,
 )
+from server.engine.meter import Meter
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Batch, DeviceError, SpanOutput, StepBudget
 from server.engine.worker import Worker
@@ -25,11 +29,15 @@ from tests.engine.samples import FACTS, PICTURE, SPEC, make_request, make_tiles
 
 
 class ScriptedChannel:
-    """Hands out one list of messages each time it is asked; then says stop."""
+    """Hands out one list of messages each time it is asked; then says stop.
+
+    `sent` is what came without its stats, which are in `stats`, one for each `Progress`.
+    """
 
     def __init__(self, script: list[list[ToEngine]]) -> None:
         self._script = iter(script)
         self.sent: list[FromEngine] = []
+        self.stats: list[EngineStats | None] = []
         self.timeouts_s: list[float] = []
 
     def receive(self, *, timeout_s: float) -> list[tuple[ToEngine, list[Tiles]]]:
@@ -40,6 +48,9 @@ class ScriptedChannel:
         ]
 
     def send(self, message: FromEngine) -> None:
+        if isinstance(message, Progress):
+            self.stats.append(message.stats)
+            message = Progress(message.events)
         self.sent.append(message)
 
     @property
@@ -63,7 +74,11 @@ class ScriptedRunner:
 
 
 def run(
-    script: list[list[ToEngine]], runner: ScriptedRunner | None = None, *, max_running: int = 1
+    script: list[list[ToEngine]],
+    runner: ScriptedRunner | None = None,
+    *,
+    max_running: int = 1,
+    clock: Callable[[], float] = time.monotonic,
 ) -> tuple[ScriptedChannel, Scheduler]:
     channel = ScriptedChannel(script)
     scheduler = Scheduler(
@@ -72,7 +87,14 @@ def run(
         budget=StepBudget(100, 1, 100),
         max_running=max_running,
     )
-    worker = Worker(channel, scheduler, runner or ScriptedRunner(), facts=FACTS, vision=SPEC)
+    worker = Worker(
+        channel,
+        scheduler,
+        runner or ScriptedRunner(),
+        facts=FACTS,
+        vision=SPEC,
+        meter=Meter(scheduler, clock=clock),
+    )
     worker.run()
     return channel, scheduler
 
@@ -110,6 +132,38 @@ def test_every_step_is_a_sign_of_life() -> None:
     channel, _ = run([[submit("a", prompt=(1,) * 250, max_tokens=1)], [], []])
     progress = [message for message in channel.sent if isinstance(message, Progress)]
     assert [len(message.events) for message in progress] == [0, 0, 1]
+
+
+def test_stats_come_first_now_and_then_and_last() -> None:
+    """The clock goes on by a sixteenth of a second whenever it is read: three times a step."""
+    ticks = itertools.count()
+    script: list[list[ToEngine]] = [[submit("a", max_tokens=7)], *[[] for _ in range(6)]]
+    channel, _ = run(script, clock=lambda: next(ticks) / 16)
+    told = [stats is not None for stats in channel.stats]
+    assert told == [True, False, True, False, True, False, True]
+    assert channel.stats[0] == EngineStats(
+        num_running=1,
+        num_blocks_used=1,
+        totals=EngineTotals(
+            num_steps=1,
+            steps_s=1 / 16,
+            num_steps_up_to=(0, 0, 0, 0, 0, 0, 1, *[0] * 7),
+            num_prompt_tokens_computed=3,
+            num_tokens_generated=1,
+            num_prefix_tokens_looked_up=3,
+        ),
+    )
+
+
+def test_stats_are_told_with_whatever_leaves_nothing_behind() -> None:
+    """However short it has been since the last ones: after them nobody may ask for long."""
+    script: list[list[ToEngine]] = [[submit("a"), submit("b")], [Abort("a")], [Abort("b")]]
+    channel, _ = run(script, clock=lambda: 0.0)
+    assert [event.finish_reason for event in channel.events] == [None, "abort", None, "abort"]
+    last = channel.stats[-1]
+    assert last is not None
+    assert (last.num_running, last.num_waiting, last.num_blocks_used) == (0, 0, 0)
+    assert last.totals.num_tokens_generated == 2
 
 
 def test_an_abort_takes_effect_before_the_next_step() -> None:

@@ -1,0 +1,133 @@
+"""Who was admitted to the engine, and whether there is room for one more.
+
+Counted as requests come, start and go, so that admitting the thousandth costs what the first did.
+Knows no process: who has started, and whom a crash has met, it is told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from server.core import GenerationRequest, TokenEvent
+from server.engine.facts import QueueStats
+
+MAX_WAITING_CAPACITIES = 4
+"""How many times the cache's capacity the waiting prompts may be, together."""
+
+MAX_WAITING_TILE_BYTES = 1 << 30
+
+Shortage = Literal[
+    "key_requests", "waiting_requests", "waiting_prompt_tokens", "waiting_tile_bytes"
+]
+"""What there is no room for: requests of one key, or one of the bounds of the queue."""
+
+
+@dataclass(slots=True, eq=False)
+class Admitted:
+    """A request in the engine. `frames` is what would be sent again; empty after its first event.
+
+    It waits until the engine process says that it joined the running set; `num_crashes` counts
+    the processes that ended while it was in there. One that a crash has met is held back while
+    another such is on its way.
+    """
+
+    request: GenerationRequest
+    frames: list[bytes | memoryview]
+    num_tile_bytes: int
+    mailbox: asyncio.Queue[TokenEvent] = field(default_factory=asyncio.Queue)
+    is_waiting: bool = True
+    num_crashes: int = 0
+    is_held_back: bool = False
+
+
+class Admissions:
+    """All admitted requests that have not ended, in the order they came."""
+
+    def __init__(self, *, max_waiting: int, max_per_tenant: int | None) -> None:
+        self._max_waiting = max_waiting
+        self._max_per_tenant = max_per_tenant
+        self._by_id: dict[str, Admitted] = {}
+        self._suspects: dict[str, Admitted] = {}
+        self._num_of_tenant: Counter[str] = Counter()
+        self._num_waiting = 0
+        self._waiting_prompt_tokens = 0
+        self._waiting_tile_bytes = 0
+
+    def __iter__(self) -> Iterator[Admitted]:
+        """Of those there are now: whoever iterates may let them leave."""
+        return iter(list(self._by_id.values()))
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._by_id
+
+    def get(self, request_id: str) -> Admitted | None:
+        return self._by_id.get(request_id)
+
+    @property
+    def suspects(self) -> list[Admitted]:
+        """Those that a crash has met."""
+        return list(self._suspects.values())
+
+    @property
+    def stats(self) -> QueueStats:
+        return QueueStats(
+            num_started=len(self._by_id) - self._num_waiting,
+            num_waiting=self._num_waiting,
+            waiting_prompt_tokens=self._waiting_prompt_tokens,
+            waiting_tile_bytes=self._waiting_tile_bytes,
+        )
+
+    def shortage(
+        self, request: GenerationRequest, *, num_tile_bytes: int, kv_tokens: int
+    ) -> Shortage | None:
+        """Why the request cannot be admitted. An empty queue takes anything that can run."""
+        num_tokens = self._waiting_prompt_tokens + len(request.prompt_ids)
+        if (
+            self._max_per_tenant is not None
+            and self._num_of_tenant[request.tenant] >= self._max_per_tenant
+        ):
+            return "key_requests"
+        if self._num_waiting >= self._max_waiting:
+            return "waiting_requests"
+        if self._num_waiting and num_tokens > MAX_WAITING_CAPACITIES * kv_tokens:
+            return "waiting_prompt_tokens"
+        if self._num_waiting and self._waiting_tile_bytes + num_tile_bytes > MAX_WAITING_TILE_BYTES:
+            return "waiting_tile_bytes"
+        return None
+
+    def enter(self, admitted: Admitted) -> None:
+        self._by_id[admitted.request.request_id] = admitted
+        self._num_of_tenant[admitted.request.tenant] += 1
+        self._count_waiting(admitted, 1)
+
+    def start(self, admitted: Admitted) -> None:
+        """It joined the running set, so that it waits no longer."""
+        if admitted.is_waiting:
+            admitted.is_waiting = False
+            self._count_waiting(admitted, -1)
+
+    def meet_crash(self, admitted: Admitted) -> None:
+        """The process ended while it was computed: it waits again, for the next one."""
+        admitted.num_crashes += 1
+        admitted.is_waiting = True
+        self._count_waiting(admitted, 1)
+        self._suspects[admitted.request.request_id] = admitted
+
+    def leave(self, admitted: Admitted) -> None:
+        request = admitted.request
+        del self._by_id[request.request_id]
+        self._suspects.pop(request.request_id, None)
+        self._num_of_tenant[request.tenant] -= 1
+        if not self._num_of_tenant[request.tenant]:
+            del self._num_of_tenant[request.tenant]
+        if admitted.is_waiting:
+            self._count_waiting(admitted, -1)
+
+    def _count_waiting(self, admitted: Admitted, change: Literal[1, -1]) -> None:
+        self._num_waiting += change
+        self._waiting_prompt_tokens += change * len(admitted.request.prompt_ids)
+        self._waiting_tile_bytes += change * admitted.num_tile_bytes

@@ -1,0 +1,159 @@
+"""Who may enter, and that the counts it depends on are those of who is there."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from server.engine.admission import (
+    MAX_WAITING_CAPACITIES,
+    MAX_WAITING_TILE_BYTES,
+    Admissions,
+    Admitted,
+    Shortage,
+)
+from server.engine.facts import EngineTotals, QueueStats
+from tests.engine.samples import make_request
+
+
+def make_admitted(
+    name: str, *, tenant: str = "tenant", num_tokens: int = 3, num_tile_bytes: int = 0
+) -> Admitted:
+    request = replace(make_request(name, prompt=(1,) * num_tokens), tenant=tenant)
+    return Admitted(request, [b"message"], num_tile_bytes)
+
+
+def shortage(
+    admissions: Admissions, *, tenant: str = "tenant", num_tokens: int = 3, num_tile_bytes: int = 0
+) -> Shortage | None:
+    new = make_admitted("new", tenant=tenant, num_tokens=num_tokens)
+    return admissions.shortage(new.request, num_tile_bytes=num_tile_bytes, kv_tokens=100)
+
+
+def test_each_bound_has_its_name() -> None:
+    admissions = Admissions(max_waiting=3, max_per_tenant=2)
+    most_tokens = MAX_WAITING_CAPACITIES * 100
+    # Nobody waits: whatever can run is admitted.
+    assert shortage(admissions, num_tokens=9999, num_tile_bytes=MAX_WAITING_TILE_BYTES + 1) is None
+    first = make_admitted("0", num_tokens=100, num_tile_bytes=10)
+    admissions.enter(first)
+    assert shortage(admissions, num_tokens=most_tokens - 100) is None
+    assert shortage(admissions, num_tokens=most_tokens - 99) == "waiting_prompt_tokens"
+    assert shortage(admissions, num_tile_bytes=MAX_WAITING_TILE_BYTES - 10) is None
+    assert shortage(admissions, num_tile_bytes=MAX_WAITING_TILE_BYTES - 9) == "waiting_tile_bytes"
+    admissions.enter(make_admitted("1"))
+    assert shortage(admissions) == "key_requests"
+    assert shortage(admissions, tenant="other") is None
+    admissions.enter(make_admitted("2", tenant="other"))
+    assert shortage(admissions, tenant="other") == "waiting_requests"
+    admissions.start(first)
+    assert shortage(admissions, tenant="other") is None
+    admissions.leave(first)
+    assert shortage(admissions) is None
+
+
+def test_without_a_bound_for_each_tenant_there_is_none() -> None:
+    admissions = Admissions(max_waiting=10, max_per_tenant=None)
+    for name in "01234":
+        admissions.enter(make_admitted(name))
+    assert shortage(admissions) is None
+
+
+def test_they_are_kept_in_the_order_they_came_and_may_leave_meanwhile() -> None:
+    admissions = Admissions(max_waiting=10, max_per_tenant=None)
+    for name in "3120":
+        admissions.enter(make_admitted(name))
+    left = []
+    for admitted in admissions:
+        admissions.leave(admitted)
+        left.append(admitted.request.request_id)
+    assert left == ["3", "1", "2", "0"] and list(admissions) == []
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(EngineTotals)])
+def test_totals_are_added_field_by_field(name: str) -> None:
+    def only(value: int) -> EngineTotals:
+        is_tuple = isinstance(getattr(EngineTotals(), name), tuple)
+        counts = (value, *[0] * 13)
+        return replace(EngineTotals(), **{name: counts if is_tuple else value})  # type: ignore[arg-type]
+
+    assert only(3).plus(only(4)) == only(7)
+
+
+MAX_PER_TENANT = 3
+
+
+class AdmissionsMachine(RuleBasedStateMachine):
+    """Any order of what can happen to requests; the counts are compared with a recount."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.admissions = Admissions(max_waiting=99, max_per_tenant=MAX_PER_TENANT)
+        self.present: list[Admitted] = []
+        self.num_entered = 0
+
+    @rule(
+        tenant=st.sampled_from("abc"),
+        num_tokens=st.integers(1, 9),
+        num_tile_bytes=st.integers(0, 9),
+    )
+    def enter(self, tenant: str, num_tokens: int, num_tile_bytes: int) -> None:
+        admitted = make_admitted(
+            str(self.num_entered),
+            tenant=tenant,
+            num_tokens=num_tokens,
+            num_tile_bytes=num_tile_bytes,
+        )
+        self.num_entered += 1
+        self.admissions.enter(admitted)
+        self.present.append(admitted)
+
+    @precondition(lambda self: self.present)
+    @rule(index=st.integers(0, 99))
+    def start(self, index: int) -> None:
+        self.admissions.start(self.present[index % len(self.present)])
+
+    @precondition(lambda self: any(not each.is_waiting for each in self.present))
+    @rule()
+    def crash(self) -> None:
+        for admitted in self.present:
+            if not admitted.is_waiting:
+                self.admissions.meet_crash(admitted)
+
+    @precondition(lambda self: self.present)
+    @rule(index=st.integers(0, 99))
+    def leave(self, index: int) -> None:
+        admitted = self.present.pop(index % len(self.present))
+        self.admissions.leave(admitted)
+        assert admitted.request.request_id not in self.admissions
+
+    @invariant()
+    def the_counts_are_right(self) -> None:
+        waiting = [admitted for admitted in self.present if admitted.is_waiting]
+        assert self.admissions.stats == QueueStats(
+            num_started=len(self.present) - len(waiting),
+            num_waiting=len(waiting),
+            waiting_prompt_tokens=sum(len(each.request.prompt_ids) for each in waiting),
+            waiting_tile_bytes=sum(each.num_tile_bytes for each in waiting),
+        )
+        assert list(self.admissions) == self.present
+        assert set(map(id, self.admissions.suspects)) == {
+            id(each) for each in self.present if each.num_crashes
+        }
+
+    @invariant()
+    def a_tenant_that_has_its_share_gets_no_more(self) -> None:
+        for tenant in "abc":
+            count = sum(each.request.tenant == tenant for each in self.present)
+            is_short = shortage(self.admissions, tenant=tenant) == "key_requests"
+            assert is_short == (count >= MAX_PER_TENANT)
+
+
+AdmissionsMachine.TestCase.settings = settings(
+    max_examples=40, stateful_step_count=30, deadline=None
+)
+TestAdmissionsMachine = AdmissionsMachine.TestCase
