@@ -51,6 +51,9 @@ def make_request(
     temperature: float = 0.0,
     stop: Sequence[int] = (),
     seed: int | None = None,
+    num_logprobs: int | None = None,
+    num_prompt_logprobs: int | None = None,
+    num_choices: int = 1,
     spec: VisionSpec = SPEC,
 ) -> GenerationRequest:
     """A request whose prompt is ids, and media where their placeholders stand."""
@@ -65,10 +68,17 @@ def make_request(
             assert token_id is not None
             ids += [token_id] * part.num_tokens
     sampling = SamplingParams(
-        max_tokens=max_tokens, temperature=temperature, stop_token_ids=tuple(stop), seed=seed
+        max_tokens=max_tokens,
+        temperature=temperature,
+        stop_token_ids=tuple(stop),
+        seed=seed,
+        num_logprobs=num_logprobs,
+        num_prompt_logprobs=num_prompt_logprobs,
     )
     vision = tuple(part for part in prompt if isinstance(part, VisionInput))
-    return GenerationRequest(name, "tenant", tuple(ids), sampling, vision, tuple(starts))
+    return GenerationRequest(
+        name, "tenant", tuple(ids), sampling, vision, tuple(starts), num_choices
+    )
 
 
 def make_tiles(request: GenerationRequest, *, side: int = TILE_SIZE) -> list[Tiles]:
