@@ -104,6 +104,10 @@ class SamplingParams:
     what is added to its logit). `stop_token_ids` end the answer and are not part of its text;
     whether the model's own ends are among them was decided by `ignore_eos`. None of them is chosen
     before the answer has `min_tokens`.
+
+    With `num_logprobs` each token comes with its log-probability and those of so many likeliest
+    ones, and with `num_prompt_logprobs` each token of the prompt does. They are the model's own:
+    of its logits before anything above changes them.
     """
 
     max_tokens: int
@@ -118,6 +122,8 @@ class SamplingParams:
     min_tokens: int = 0
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +142,8 @@ class GenerationRequest:
 
     `vision_starts[i]` is the index in `prompt_ids` of the first of the `vision[i].num_tokens`
     placeholder ids of medium i. Of one tenant's waiting requests a lower `priority` starts first.
+    The prompt is answered `num_choices` times. Choice 0 is the answer that would come alone; the
+    others draw with seeds that follow from the request's.
     """
 
     request_id: str
@@ -145,15 +153,30 @@ class GenerationRequest:
     vision: tuple[VisionInput, ...] = ()
     vision_starts: tuple[int, ...] = ()
     priority: int = 0
+    num_choices: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """How likely a token was: its log-probability, and the likeliest at its place, best first.
+
+    `top` holds (id, log-probability). An id that could not come at all has -infinity.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One step of one answer. The last event of a request, and only it, has a finish reason.
+    """One step of one choice. The last event of a choice, and only it, has a finish reason.
 
-    `token_id` is None where a request ends without a token (abort, error). `error_code` is one of
-    the contract's codes and is set exactly when `finish_reason` is "error". `num_cached_tokens`,
-    how much of the prompt was in the cache, comes with the first token.
+    `token_id` is None where a choice ends without a token (abort, error). `error_code` is one of
+    the contract's codes and is set exactly when `finish_reason` is "error", which ends the whole
+    request. With the first token of choice 0 comes what is told of the prompt:
+    `num_cached_tokens`, how much of it was in the cache, and `prompt_logprobs` if asked for, one
+    for each of its ids, None for the first and for placeholders.
     """
 
     request_id: str
@@ -161,3 +184,6 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     error_code: str | None = None
     num_cached_tokens: int = 0
+    choice: int = 0
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 
-from server.core import FinishReason, GenerationRequest, Tiles, TokenEvent
+from server.core import FinishReason, GenerationRequest, Tiles, TokenEvent, TokenLogprobs
 from server.engine.client import EngineFacts, EngineStats, EngineStatus, QueueStats, TokenStream
 from server.errors import ServerError
 
@@ -31,17 +33,22 @@ FAKE_FACTS = EngineFacts(
 class FakeEngine:
     """An engine that answers every request from a script.
 
-    `tokens` are the ids of the answer, or a function that makes them from the request. The last
-    one carries `finish_reason`; an answer longer than the request's `max_tokens` is cut there and
-    ends with "length". With `error_code` the answer ends, after its tokens, in an error event.
+    `tokens` are the ids of each choice, or a function that makes them from the request and the
+    number of the choice; all choices go on together. The last of each carries `finish_reason`; one
+    longer than the request's `max_tokens` is cut there and ends with "length". With `error_code`
+    the answer ends, after its tokens, in an error event.
     `refuse` is raised by `submit`. With a `gate`, each event waits for one `gate.release()`.
 
-    `submitted` and `aborted` record what reached it; `running` are the ids not yet ended.
+    Where log-probabilities are asked for, each id has one of its own, and as many ids before it
+    are told as likelier.
+
+    `submitted` and `aborted` record what reached it, and `aborted_choices` the single choices that
+    did not go on; `running` are the ids not yet ended.
     """
 
     def __init__(
         self,
-        tokens: Sequence[int] | Callable[[GenerationRequest], Sequence[int]] = (),
+        tokens: Sequence[int] | Callable[[GenerationRequest, int], Sequence[int]] = (),
         *,
         finish_reason: FinishReason = "stop",
         error_code: str | None = None,
@@ -59,6 +66,7 @@ class FakeEngine:
         self.refuse = refuse
         self.submitted: list[tuple[GenerationRequest, tuple[Tiles, ...]]] = []
         self.aborted: list[str] = []
+        self.aborted_choices: list[int] = []
         self.running: dict[str, asyncio.Task[None]] = {}
         self._mailboxes: dict[str, asyncio.Queue[TokenEvent]] = {}
         self._tokens = tokens
@@ -85,32 +93,54 @@ class FakeEngine:
         task = asyncio.create_task(self._answer(request, mailbox))
         self.running[request.request_id] = task
         self._mailboxes[request.request_id] = mailbox
-        return TokenStream(mailbox, partial(self._abort, request.request_id))
+        return TokenStream(
+            mailbox, partial(self._abort, request.request_id), num_choices=request.num_choices
+        )
 
-    def _abort(self, request_id: str) -> None:
+    def _abort(self, request_id: str, choice: int | None) -> None:
+        if choice is not None:
+            self.aborted_choices.append(choice)
+            return
         self.aborted.append(request_id)
         task = self.running.pop(request_id, None)
         if task is not None:
             task.cancel()
 
     async def _answer(self, request: GenerationRequest, mailbox: asyncio.Queue[TokenEvent]) -> None:
-        for event in self._script(request):
+        scripts = [self._script(request, choice) for choice in range(request.num_choices)]
+        together = [event for step in zip_longest(*scripts) for event in step if event is not None]
+        for event in together:
             if self._gate is not None:
                 await self._gate.acquire()
-            if event.finish_reason is not None:
+            if event is together[-1]:
                 self.running.pop(request.request_id, None)
             mailbox.put_nowait(event)
 
-    def _script(self, request: GenerationRequest) -> list[TokenEvent]:
-        ids = self._tokens(request) if callable(self._tokens) else self._tokens
+    def _script(self, request: GenerationRequest, choice: int) -> list[TokenEvent]:
+        ids = self._tokens(request, choice) if callable(self._tokens) else self._tokens
         ids = list(ids)[: request.sampling.max_tokens]
-        events = [TokenEvent(request.request_id, token_id) for token_id in ids]
+        events = [
+            TokenEvent(
+                request.request_id,
+                token_id,
+                choice=choice,
+                logprobs=fake_logprobs(token_id, request.sampling.num_logprobs),
+            )
+            for token_id in ids
+        ]
         if self._error_code is not None:
             return [*events, TokenEvent(request.request_id, None, "error", self._error_code)]
         reason: FinishReason = self._finish_reason
         if len(ids) == request.sampling.max_tokens and reason == "stop":
             reason = "stop" if ids[-1] in request.sampling.stop_token_ids else "length"
         if not events:
-            return [TokenEvent(request.request_id, None, reason)]
-        events[-1] = TokenEvent(request.request_id, ids[-1], reason)
+            return [TokenEvent(request.request_id, None, reason, choice=choice)]
+        events[-1] = replace(events[-1], finish_reason=reason)
         return events
+
+
+def fake_logprobs(token_id: int, num_top: int | None) -> TokenLogprobs | None:
+    if num_top is None:
+        return None
+    top = tuple((token_id - place, -0.5 * place - 0.5) for place in range(num_top))
+    return TokenLogprobs(token_id, -token_id / 100, top)

@@ -41,6 +41,7 @@ ENGINE_PROCESS_ONLY = {
     "model.projector",
     "model.vision_tower",
     "model.vlm",
+    "engine.logprobs",
     "engine.runner",
     "engine.sampler",
     "engine.worker",

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from server.attention.cpu import CpuBackend, load_kernels
 from server.attention.inputs import AttentionInputs, LayerCache
 from server.attention.sdpa import SdpaBackend
 from server.errors import ConfigError
@@ -55,16 +56,21 @@ class AttentionBackend(Protocol):
 
 BACKENDS: dict[str, Callable[[int], AttentionBackend]] = {
     "sdpa": lambda page_size: SdpaBackend(page_size=page_size),
+    "cpu": lambda page_size: CpuBackend(page_size=page_size),
 }
 """By name: page size -> backend."""
 
 
 def choose_backend(name: str = "auto", *, device: str, page_size: int = 64) -> AttentionBackend:
     """The backend called `name`, or the best one for the device."""
-    del device  # until there is a row that only runs on one kind of device
+    is_cpu = torch.device(device).type == "cpu"
     if name == "auto":
-        name = "sdpa"
+        name = "cpu" if is_cpu and load_kernels() is not None else "sdpa"
     if name not in BACKENDS:
         known = ", ".join(["auto", *BACKENDS])
         raise ConfigError(f"engine.attention_backend is '{name}'; it can be one of: {known}")
+    if name == "cpu" and not is_cpu:
+        raise ConfigError(f"engine.attention_backend 'cpu' does not run on the device '{device}'")
+    if name == "cpu" and load_kernels() is None:
+        raise ConfigError("engine.attention_backend 'cpu' needs numba, which is not installed")
     return BACKENDS[name](page_size)

@@ -60,11 +60,11 @@ class SdpaBackend:
             pages = inputs.block_table[index, :num_pages]
             keys = cache.keys.index_select(0, pages).flatten(0, 1)[:num_keys]
             values = cache.values.index_select(0, pages).flatten(0, 1)[:num_keys]
-            output[start:stop] = _attend_causally(queries[start:stop], keys, values)
+            output[start:stop] = attend_causally(queries[start:stop], keys, values)
         return output
 
 
-def _attend_causally(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def attend_causally(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """queries [q, heads, d], keys and values [k, kv_heads, d] with k >= q -> [q, heads, d].
 
     The queries are the last q of the k positions.

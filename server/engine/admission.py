@@ -30,7 +30,8 @@ Shortage = Literal[
 class Admitted:
     """A request in the engine. `frames` is what would be sent again; empty after its first event.
 
-    It waits until the engine process says that it joined the running set; `num_crashes` counts
+    `running` are the choices that have not finished. It waits until the engine process says that
+    one of them joined the running set; `num_crashes` counts
     the processes that ended while it was in there. One that a crash has met is held back while
     another such is on its way.
     """
@@ -38,14 +39,21 @@ class Admitted:
     request: GenerationRequest
     frames: list[bytes | memoryview]
     num_tile_bytes: int
+    running: set[int] = field(init=False)
     mailbox: asyncio.Queue[TokenEvent] = field(default_factory=asyncio.Queue)
     is_waiting: bool = True
     num_crashes: int = 0
     is_held_back: bool = False
 
+    def __post_init__(self) -> None:
+        self.running = set(range(self.request.num_choices))
+
 
 class Admissions:
-    """All admitted requests that have not ended, in the order they came."""
+    """All admitted requests that have not ended, in the order they came.
+
+    Each choice of a request counts, until all have ended: in the engine it is a request's work.
+    """
 
     def __init__(self, *, max_waiting: int, max_per_tenant: int | None) -> None:
         self._max_waiting = max_waiting
@@ -75,7 +83,7 @@ class Admissions:
     @property
     def stats(self) -> QueueStats:
         return QueueStats(
-            num_started=len(self._by_id) - self._num_waiting,
+            num_started=self._num_of_tenant.total() - self._num_waiting,
             num_waiting=self._num_waiting,
             waiting_prompt_tokens=self._waiting_prompt_tokens,
             waiting_tile_bytes=self._waiting_tile_bytes,
@@ -86,12 +94,14 @@ class Admissions:
     ) -> Shortage | None:
         """Why the request cannot be admitted. An empty queue takes anything that can run."""
         num_tokens = self._waiting_prompt_tokens + len(request.prompt_ids)
+        num_of_tenant = self._num_of_tenant[request.tenant]
         if (
             self._max_per_tenant is not None
-            and self._num_of_tenant[request.tenant] >= self._max_per_tenant
+            and num_of_tenant
+            and num_of_tenant + request.num_choices > self._max_per_tenant
         ):
             return "key_requests"
-        if self._num_waiting >= self._max_waiting:
+        if self._num_waiting and self._num_waiting + request.num_choices > self._max_waiting:
             return "waiting_requests"
         if self._num_waiting and num_tokens > MAX_WAITING_CAPACITIES * kv_tokens:
             return "waiting_prompt_tokens"
@@ -101,7 +111,7 @@ class Admissions:
 
     def enter(self, admitted: Admitted) -> None:
         self._by_id[admitted.request.request_id] = admitted
-        self._num_of_tenant[admitted.request.tenant] += 1
+        self._num_of_tenant[admitted.request.tenant] += admitted.request.num_choices
         self._count_waiting(admitted, 1)
 
     def start(self, admitted: Admitted) -> None:
@@ -121,13 +131,13 @@ class Admissions:
         request = admitted.request
         del self._by_id[request.request_id]
         self._suspects.pop(request.request_id, None)
-        self._num_of_tenant[request.tenant] -= 1
+        self._num_of_tenant[request.tenant] -= request.num_choices
         if not self._num_of_tenant[request.tenant]:
             del self._num_of_tenant[request.tenant]
         if admitted.is_waiting:
             self._count_waiting(admitted, -1)
 
     def _count_waiting(self, admitted: Admitted, change: Literal[1, -1]) -> None:
-        self._num_waiting += change
+        self._num_waiting += change * admitted.request.num_choices
         self._waiting_prompt_tokens += change * len(admitted.request.prompt_ids)
         self._waiting_tile_bytes += change * admitted.num_tile_bytes

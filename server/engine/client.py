@@ -48,34 +48,57 @@ MAX_CRASHES_MET = 2
 
 
 class TokenStream:
-    """The events of one admitted request, in order; the last one has a finish reason.
+    """The events of one admitted request; those of each choice in order, the last with a reason.
 
-    A request that ends by "stop" carries the ending id in its last event: it counts as generated
+    A choice that ends by "stop" carries the ending id in its last event: it counts as generated
     but is not part of the text. One that ends by "length" carries its last ordinary token, and
-    "error" none. Closing the stream, or dropping the last reference to it, aborts a request that
-    has not finished; a closed stream yields nothing more.
+    "error" none; an error ends all choices. Closing the stream, or dropping the last reference to
+    it, aborts a request that has not finished; a closed stream or choice yields nothing more.
     """
 
-    def __init__(self, mailbox: asyncio.Queue[TokenEvent], abort: Callable[[], None]) -> None:
-        """Whoever fills `mailbox` must hold no reference to the stream, or it is never dropped."""
+    def __init__(
+        self,
+        mailbox: asyncio.Queue[TokenEvent],
+        abort: Callable[[int | None], None],
+        *,
+        num_choices: int = 1,
+    ) -> None:
+        """`abort` is called with the number of a choice, or None for all that are left.
+
+        Whoever fills `mailbox` must hold no reference to the stream, or it is never dropped.
+        """
         self._mailbox = mailbox
+        self._running = set(range(num_choices))
         self._ended = False
-        self._abort = weakref.finalize(self, abort)
+        self._abort_choice = abort
+        self._abort = weakref.finalize(self, abort, None)
         self._abort.atexit = False
 
     def __aiter__(self) -> TokenStream:
         return self
 
     async def __anext__(self) -> TokenEvent:
-        if self._ended:
-            raise StopAsyncIteration
-        event = await self._mailbox.get()
-        if self._ended:  # closed while waiting
-            raise StopAsyncIteration
-        if event.finish_reason is not None:
-            self._ended = True
-            self._abort.detach()
-        return event
+        while not self._ended:
+            event = await self._mailbox.get()
+            is_error = event.finish_reason == "error"
+            if self._ended or not (is_error or event.choice in self._running):
+                continue  # closed while waiting
+            if event.finish_reason is not None:
+                self._running.discard(event.choice)
+            if is_error or not self._running:
+                self._ended = True
+                self._abort.detach()
+            return event
+        raise StopAsyncIteration
+
+    def close_choice(self, choice: int) -> None:
+        """Abort one choice unless it has finished. The others go on; the last one ends them all."""
+        if choice in self._running and not self._ended:
+            self._running.discard(choice)
+            if self._running:
+                self._abort_choice(choice)
+            else:
+                self.close()
 
     def close(self) -> None:
         """Abort the request unless it has finished. May be called any number of times."""
@@ -223,7 +246,11 @@ class EngineClient:
         self._requests.enter(admitted)
         self._process.send(admitted.frames)
         self._limit_wait(request.request_id)
-        return TokenStream(admitted.mailbox, partial(self._abort_from_anywhere, request.request_id))
+        return TokenStream(
+            admitted.mailbox,
+            partial(self._abort_from_anywhere, request.request_id),
+            num_choices=request.num_choices,
+        )
 
     def on_loading(self, num_bytes: int, total_bytes: int) -> None:
         if self._on_loading is not None:
@@ -244,11 +271,16 @@ class EngineClient:
     def on_events(self, events: Sequence[TokenEvent]) -> None:
         for event in events:
             admitted = self._requests.get(event.request_id)
-            if admitted is None:
-                continue  # its stream was closed meanwhile
+            if admitted is None or event.choice not in admitted.running:
+                continue  # its stream was closed meanwhile, or it was
             admitted.mailbox.put_nowait(event)
             admitted.frames = []
             if event.finish_reason is not None:
+                admitted.running.discard(event.choice)
+            if event.finish_reason == "error" and admitted.running:
+                self._process.send([encode(Abort(event.request_id))])
+                admitted.running.clear()
+            if not admitted.running:
                 self._requests.leave(admitted)
             if admitted.num_crashes:
                 self._send_next_suspect()
@@ -319,16 +351,21 @@ class EngineClient:
         self._process.send([encode(Abort(request_id))])
         self._end(admitted, "server_is_overloaded")
 
-    def _abort_from_anywhere(self, request_id: str) -> None:
+    def _abort_from_anywhere(self, request_id: str, choice: int | None) -> None:
         """From a finaliser, so possibly from another thread or after the end of the loop."""
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._abort, request_id)
+            self._loop.call_soon_threadsafe(self._abort, request_id, choice)
 
-    def _abort(self, request_id: str) -> None:
+    def _abort(self, request_id: str, choice: int | None) -> None:
         admitted = self._requests.get(request_id)
-        if admitted is not None:
+        if admitted is None:
+            return
+        left = set() if choice is None else admitted.running - {choice}
+        if left != admitted.running:
+            admitted.running = left
+            self._process.send([encode(Abort(request_id, choice))])
+        if not left:
             self._requests.leave(admitted)
-            self._process.send([encode(Abort(request_id))])
             self._send_next_suspect()
 
     def _end(self, admitted: Admitted, error_code: str) -> None:

@@ -40,7 +40,10 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
+    """One choice of a request is not wanted any more, or none of them."""
+
     request_id: str
+    choice: int | None = None
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):

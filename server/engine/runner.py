@@ -6,8 +6,10 @@ decided by the scheduler, and running the same batch again gives the same again.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence as AbstractSequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +17,8 @@ import torch
 from torch import Tensor
 
 from server.attention.backend import AttentionInputs, LayerCache
-from server.core import VisionLayout
+from server.core import TokenLogprobs, VisionLayout
+from server.engine.logprobs import token_logprobs
 from server.engine.sampler import SamplingRow, sample
 from server.engine.sequence import (
     Batch,
@@ -34,6 +37,9 @@ MAX_CONTEXTS_CACHED = 16
 
 DEVICE_CACHE_SHARE = 0.8
 """Of what an accelerator has free after the weights: the rest is for activations."""
+
+MAX_PROMPT_LOGITS_ROWS = 64
+"""Positions of a prompt whose logits are in memory together: each is as wide as the vocabulary."""
 
 
 class Model(Protocol):
@@ -112,16 +118,54 @@ class Runner:
         positions = torch.cat([torch.arange(span.start, span.stop) for span in spans])
         inputs = self._attention_inputs(spans)
         hidden = self._model.forward(embeds, positions.to(self._device), inputs)
-        sampled = [index for index, span in enumerate(spans) if span.is_sampled]
         outputs = [SpanOutput() for _ in spans]
+        sampled = [index for index, span in enumerate(spans) if span.is_sampled]
         if sampled:
             last_tokens = inputs.cu_seq_q[1:].long()[sampled] - 1
-            rows = [_sampling_row(spans[index].sequence) for index in sampled]
-            ids = sample(self._model.logits(hidden[last_tokens]), rows)
-            for index, token_id in zip(sampled, ids, strict=True):
-                error_code = "internal_error" if token_id is None else None
-                outputs[index] = SpanOutput(token_id, error_code)
+            sequences = [spans[index].sequence for index in sampled]
+            for index, output in zip(
+                sampled, self._next_tokens(hidden[last_tokens], sequences), strict=True
+            ):
+                outputs[index] = output
+        row = 0
+        for index, span in enumerate(spans):
+            if span.told_positions:
+                outputs[index] = self._tell_prompt(
+                    outputs[index], span, hidden[row : row + len(span)]
+                )
+            row += len(span)
         return outputs
+
+    def _next_tokens(self, hidden: Tensor, sequences: list[Sequence]) -> list[SpanOutput]:
+        """hidden [rows, hidden], the last states of the sequences -> what each goes on with."""
+        logits = self._model.logits(hidden)
+        counts = [sequence.request.sampling.num_logprobs for sequence in sequences]
+        asked = [row for row, count in enumerate(counts) if count is not None]
+        raw = logits[asked] if asked else None  # a copy of theirs: sampling overwrites all
+        ids = sample(logits, [_sampling_row(sequence) for sequence in sequences])
+        outputs = [SpanOutput(i, "internal_error" if i is None else None) for i in ids]
+        if raw is not None:
+            chosen = [ids[row] or 0 for row in asked]
+            told = token_logprobs(raw, chosen, [counts[row] or 0 for row in asked])
+            for row, logprobs in zip(asked, told, strict=True):
+                if ids[row] is not None:
+                    outputs[row] = replace(outputs[row], logprobs=logprobs)
+        return outputs
+
+    def _tell_prompt(self, output: SpanOutput, span: Span, hidden: Tensor) -> SpanOutput:
+        """hidden [tokens, hidden] of the span -> its output with what it tells of the prompt."""
+        sequence = span.sequence
+        num_top = sequence.request.sampling.num_prompt_logprobs or 0
+        positions = [p for p in span.told_positions if not sequence.is_placeholder(p)]
+        told: dict[int, TokenLogprobs] = {}
+        for first in range(0, len(positions), MAX_PROMPT_LOGITS_ROWS):
+            some = positions[first : first + MAX_PROMPT_LOGITS_ROWS]
+            logits = self._model.logits(hidden[[p - 1 - span.start for p in some]])
+            ids = [sequence.token_ids[p] for p in some]
+            told |= zip(some, token_logprobs(logits, ids, [num_top] * len(some)), strict=True)
+        if any(math.isnan(logprobs.logprob) for logprobs in told.values()):
+            return SpanOutput(error_code="internal_error")  # as where a token is drawn
+        return replace(output, prompt_logprobs=tuple(told.get(p) for p in span.told_positions))
 
     def _embeds(self, spans: list[Span]) -> Tensor:
         ids = [token_id for span in spans for token_id in _span_ids(span)]
@@ -198,4 +242,10 @@ def _span_ids(span: Span) -> list[int]:
 
 def _sampling_row(sequence: Sequence) -> SamplingRow:
     request = sequence.request
-    return SamplingRow(request.sampling, sequence.token_ids, len(request.prompt_ids))
+    return SamplingRow(
+        request.sampling,
+        sequence.token_ids,
+        len(request.prompt_ids),
+        choice=sequence.choice,
+        mask=None if sequence.constraint is None else sequence.constraint.allowed(),
+    )

@@ -1,6 +1,6 @@
 """From logits and each row's own parameters to one token id a row, in one pass over the batch.
 
-In this order: repetition, presence and frequency penalty, bias, ends that may not come yet,
+In this order: repetition, presence and frequency penalty, bias, ends that may not come yet, mask,
 temperature, min_p, top_k, top_p, draw. Every filter is a threshold on the row's scores, so equal
 scores stay or go together and no order among them is invented:
 
@@ -20,6 +20,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -38,12 +40,15 @@ _MASK_64 = (1 << 64) - 1
 class SamplingRow:
     """What one row of logits is sampled with: `ids` are those of prompt and answer so far.
 
-    The token that is chosen will be the one after the last of them.
+    The token that is chosen will be the one after the last of them. `mask`, int32
+    [ceil(ids / 32)], has the bit i % 32 of word i // 32 set where id i may come.
     """
 
     params: SamplingParams
     ids: Sequence[int]
     num_prompt_ids: int
+    choice: int = 0
+    mask: npt.NDArray[np.int32] | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -57,7 +62,7 @@ class SamplingRow:
     def chance(self) -> float:
         # The client gives every request a seed; without one an answer would not be repeatable in
         # the step that is run again.
-        return uniform(self.params.seed or 0, len(self.ids))
+        return uniform(seed_of_choice(self.params.seed or 0, self.choice), len(self.ids))
 
     @property
     def least_score(self) -> float:
@@ -92,6 +97,11 @@ def uniform(seed: int, position: int) -> float:
     return (_mixed(_mixed(seed & _MASK_64) + position) >> 11) * 2.0**-53
 
 
+def seed_of_choice(seed: int, choice: int) -> int:
+    """Each choice of a request draws for itself, and the first as if it were alone."""
+    return _mixed((seed & _MASK_64) ^ _mixed(choice)) if choice else seed
+
+
 def _mixed(value: int) -> int:
     value = (value + 0x9E3779B97F4A7C15) & _MASK_64
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
@@ -100,7 +110,7 @@ def _mixed(value: int) -> int:
 
 
 def _adjust(logits: Tensor, row: SamplingRow) -> None:
-    """logits [ids] of one row: penalties, bias, and no end before it may come."""
+    """logits [ids] of one row: penalties, bias, no end before it may come, and the mask."""
     params = row.params
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(row.ids, device=logits.device)
@@ -118,6 +128,19 @@ def _adjust(logits: Tensor, row: SamplingRow) -> None:
         )
     if row.num_generated < params.min_tokens and params.stop_token_ids:
         logits[torch.tensor(params.stop_token_ids, device=logits.device)] = -math.inf
+    if row.mask is not None:
+        logits.masked_fill_(_forbidden(row.mask, logits), -math.inf)
+
+
+def _forbidden(mask: npt.NDArray[np.int32], logits: Tensor) -> Tensor:
+    """One bit an id, packed -> bool [ids], true where the bit is not set."""
+    num_ids = len(logits)
+    if mask.shape != (-(-num_ids // 32),):
+        raise ValueError(f"a mask of shape {mask.shape} for {num_ids} ids")
+    # Little-endian words, so that bit i is bit i % 8 of byte i // 8 as well.
+    packed = torch.from_numpy(mask.astype("<i4")).view(torch.uint8).to(logits.device)
+    bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=logits.device)
+    return (packed[:, None] & bits == 0).flatten()[:num_ids]
 
 
 def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:

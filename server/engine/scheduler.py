@@ -9,18 +9,23 @@ line because it needs more room. In a step every
 running answer goes on by one token; what is left of the budget goes to the prompts, short ones
 first, a share of it always to the one that joined first. An answer grows block by block: when none
 is left, the sequence that joined last gives up its blocks and is computed again later.
+
+The choices of a request are sequences like all others. What makes them cheap helps everybody who
+begins alike: a prompt takes over the blocks that others have computed since it joined, and where
+its next block is being computed by one that joined before it, it waits for that. The eldest never
+waits, so somebody always goes on.
 """
 
 from __future__ import annotations
 
 import secrets
 from bisect import bisect_left, insort
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field
 
-from server.core import FinishReason, TokenEvent
+from server.core import FinishReason, TokenEvent, TokenLogprobs
 from server.engine.blocks import BlockPool
 from server.engine.encodings import EncoderCache, Encoding
 from server.engine.prefix import PrefixKeys
@@ -28,6 +33,7 @@ from server.engine.sequence import (
     Batch,
     Medium,
     Sequence,
+    SequenceKey,
     Span,
     SpanOutput,
     StepBudget,
@@ -46,7 +52,7 @@ class _TenantLine:
     """One tenant's waiting sequences: a lower priority first, first come first among equals."""
 
     def __init__(self) -> None:
-        self._by_priority: dict[int, OrderedDict[str, Sequence]] = {}
+        self._by_priority: dict[int, OrderedDict[SequenceKey, Sequence]] = {}
         self._priorities: list[int] = []  # the keys, in order
 
     def __bool__(self) -> bool:
@@ -63,13 +69,13 @@ class _TenantLine:
             self._by_priority[priority] = OrderedDict()
             insort(self._priorities, priority)
         equals = self._by_priority[priority]
-        equals[sequence.request_id] = sequence
-        equals.move_to_end(sequence.request_id, last=not is_first)
+        equals[sequence.key] = sequence
+        equals.move_to_end(sequence.key, last=not is_first)
 
     def remove(self, sequence: Sequence) -> None:
         priority = sequence.request.priority
         equals = self._by_priority[priority]
-        del equals[sequence.request_id]
+        del equals[sequence.key]
         if not equals:
             del self._by_priority[priority]
             del self._priorities[bisect_left(self._priorities, priority)]
@@ -162,9 +168,10 @@ class Scheduler:
         self._prefix_keys = PrefixKeys(
             block_size=pool.block_size, secret=secret or secrets.token_bytes(32)
         )
-        self._sequences: dict[str, Sequence] = {}
+        self._sequences: dict[str, dict[int, Sequence]] = {}  # the choices of each request
         self._waiting = WaitingLine()
         self._running: list[Sequence] = []  # in the order they joined
+        self._running_choices: Counter[str] = Counter()  # by request
         self._running_tile_bytes = 0
 
     @property
@@ -187,33 +194,38 @@ class Scheduler:
         """To the line of its tenant. What could never fit must have been refused before."""
         if self.pool.blocks_for(sequence.max_tokens) > self.pool.num_blocks:
             raise ValueError("the sequence is longer than the whole cache")
-        if sequence.request_id in self._sequences:
+        choices = self._sequences.setdefault(sequence.request_id, {})
+        if sequence.choice in choices:
             raise ValueError("two sequences have the same id")
-        self._sequences[sequence.request_id] = sequence
+        choices[sequence.choice] = sequence
         self._waiting.append(sequence)
 
-    def abort(self, request_id: str) -> list[TokenEvent]:
-        """Ends the request wherever it is; nothing if it is nowhere any more."""
-        return self._end(request_id, "abort")
+    def abort(self, request_id: str, choice: int | None = None) -> list[TokenEvent]:
+        """Ends one choice of a request, or all, wherever they are; nothing if they are no more."""
+        return [
+            self._end(sequence, "abort")
+            for sequence in list(self._sequences.get(request_id, {}).values())
+            if choice in (None, sequence.choice)
+        ]
 
-    def fail(self, request_id: str, *, error_code: str) -> list[TokenEvent]:
-        """Ends the request because it cannot be computed; what it made is of no use to others."""
-        sequence = self._sequences.get(request_id)
-        if sequence is not None:
-            self.pool.forget(sequence.block_table)
-            for medium in sequence.media:
-                self.encoder_cache.forget(sequence.request.tenant, medium.vision)
-        return self._end(request_id, "error", error_code=error_code)
+    def fail(self, sequence: Sequence, *, error_code: str) -> TokenEvent:
+        """Ends what cannot be computed; what it made is of no use to others."""
+        self.pool.forget(sequence.block_table)
+        for medium in sequence.media:
+            self.encoder_cache.forget(sequence.request.tenant, medium.vision)
+        return self._end(sequence, "error", error_code=error_code)
 
     def schedule(self) -> Batch | None:
         """The next step, or None when there is nothing to do."""
         joined = self._join() if self._make_room() else []
         plan = _Plan()
         prompts: list[Sequence] = []
+        keys_in_progress: set[bytes] = set()
         for sequence in self._running:
+            self._adopt_blocks(sequence)
             if sequence.is_answering:
                 plan.spans.append(Span(sequence, sequence.num_computed, len(sequence)))
-            else:
+            elif not self._waits_for_block(sequence, keys_in_progress):
                 prompts.append(sequence)
         self._advance_prompts(prompts, plan)
         if not plan.spans and not plan.vision:
@@ -228,16 +240,17 @@ class Scheduler:
         for span, output in zip(batch.spans, outputs, strict=True):
             sequence = span.sequence
             if output.error_code is not None:
-                events += self.fail(sequence.request_id, error_code=output.error_code)
+                events.append(self.fail(sequence, error_code=output.error_code))
                 continue
+            sequence.prompt_logprobs += output.prompt_logprobs
             self._mark_computed(sequence, span.stop)
             if output.token_id is not None:
-                events.append(self._append(sequence, output.token_id))
+                events.append(self._append(sequence, output.token_id, output.logprobs))
         return events
 
     def check(self) -> None:
         """Raises where an invariant is broken; cheap enough for every idle moment."""
-        everybody = list(self._sequences.values())
+        everybody = [s for choices in self._sequences.values() for s in choices.values()]
         self.pool.check(sequence.block_table for sequence in everybody)
         self.encoder_cache.check(
             medium.encoding
@@ -252,12 +265,17 @@ class Scheduler:
             raise RuntimeError("a waiting sequence is not waiting, or holds blocks")
         if any(sequence.status != "running" for sequence in self._running):
             raise RuntimeError("a sequence in the running set is not running")
-        if sum(sequence.num_tile_bytes for sequence in self._running) != self._running_tile_bytes:
+        tile_bytes = {one.request_id: one.num_tile_bytes for one in self._running}
+        if sum(tile_bytes.values()) != self._running_tile_bytes:
             raise RuntimeError("the bytes of the running sequences' tiles do not add up")
         if len(self._running) > self._max_running:
             raise RuntimeError("more sequences run than may")
-        known = {sequence.request_id for sequence in [*self._waiting, *self._running]}
-        if known != self._sequences.keys() or len(known) != self.num_waiting + self.num_running:
+        known = {sequence.key for sequence in [*self._waiting, *self._running]}
+        if (
+            known != {sequence.key for sequence in everybody}
+            or len(known) != self.num_waiting + self.num_running
+            or not all(self._sequences.values())
+        ):
             raise RuntimeError("a sequence is in neither set, or in both")
 
     def _make_room(self) -> bool:
@@ -283,8 +301,7 @@ class Scheduler:
                 break  # the first waits for room; nobody passes it by
             self._waiting.take()
             sequence.status = "running"
-            self._running.append(sequence)
-            self._running_tile_bytes += sequence.num_tile_bytes
+            self._join_running(sequence)
             joined.append(sequence)
         return joined
 
@@ -292,7 +309,7 @@ class Scheduler:
         """Blocks for all that is known of it, those of a known prefix among them, and encodings."""
         # The last position is always computed: the next token follows from it.
         self._prefix_keys.extend(sequence, stop=len(sequence) - 1)
-        shared = self.pool.find(sequence.block_keys)
+        shared = [] if sequence.must_compute_prompt else self.pool.find(sequence.block_keys)
         num_shared = len(shared) * self.pool.block_size
         media = [medium for medium in sequence.media if medium.stop > num_shared]
         tenant = sequence.request.tenant
@@ -301,7 +318,7 @@ class Scheduler:
         # Everybody who runs will soon want another block.
         is_enough = (
             missing + len(self._running) <= self.pool.num_free
-            and self._running_tile_bytes + sequence.num_tile_bytes <= MAX_TILE_BYTES
+            and self._running_tile_bytes + self._new_tile_bytes(sequence) <= MAX_TILE_BYTES
         ) or not self._running
         if not is_enough or not self.encoder_cache.has_room(
             tenant, [medium.vision for medium in media]
@@ -317,6 +334,51 @@ class Scheduler:
         for medium in media:
             medium.encoding = self.encoder_cache.acquire(tenant, medium.vision)
         return True
+
+    def _new_tile_bytes(self, sequence: Sequence) -> int:
+        """What it adds to the running tiles: the choices of a request have theirs together."""
+        is_there = sequence.request_id in self._running_choices
+        return 0 if is_there else sequence.num_tile_bytes
+
+    def _join_running(self, sequence: Sequence) -> None:
+        self._running_tile_bytes += self._new_tile_bytes(sequence)
+        self._running_choices[sequence.request_id] += 1
+        self._running.append(sequence)
+
+    def _leave_running(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._running_choices[sequence.request_id] -= 1
+        if not self._running_choices[sequence.request_id]:
+            del self._running_choices[sequence.request_id]
+            self._running_tile_bytes -= sequence.num_tile_bytes
+
+    def _adopt_blocks(self, sequence: Sequence) -> None:
+        """Shares the next blocks of its prompt with those who computed them since it joined."""
+        size = self.pool.block_size
+        first, num_inside = divmod(sequence.num_computed, size)
+        last = (len(sequence) - 1) // size  # the last position is always computed
+        if num_inside or first >= last or sequence.must_compute_prompt:
+            return
+        found = self.pool.find(sequence.block_keys[index] for index in range(first, last))
+        if found:
+            stop = first + len(found)
+            self.pool.share(found)
+            self.pool.free(sequence.block_table[first:stop])
+            sequence.block_table[first:stop] = found
+            self._move_on(sequence, stop * size)
+
+    def _waits_for_block(self, sequence: Sequence, keys_in_progress: set[bytes]) -> bool:
+        """Whether one that joined before it is at the same block; else it goes on with it itself.
+
+        `keys_in_progress` are the blocks at which those are, and will be this one's too.
+        """
+        index, num_inside = divmod(sequence.num_computed, self.pool.block_size)
+        if index >= (len(sequence) - 1) // self.pool.block_size:
+            return False  # nobody could share it: it is not full, or computed for its last position
+        key = sequence.block_keys[index]
+        is_begun = key in keys_in_progress
+        keys_in_progress.add(key)
+        return is_begun and not num_inside and not sequence.must_compute_prompt
 
     def _advance_prompts(self, prompts: list[Sequence], plan: _Plan) -> None:
         left = max(1, self._budget.max_tokens - len(plan.spans))
@@ -372,12 +434,18 @@ class Scheduler:
         self._prefix_keys.extend(sequence, stop=stop)
         for index in range(sequence.num_computed // size, stop // size):
             self.pool.name(sequence.block_table[index], sequence.block_keys[index])
+        self._move_on(sequence, stop)
+
+    def _move_on(self, sequence: Sequence, stop: int) -> None:
+        """Its positions up to `stop` are in its blocks; what was needed to make them is not."""
         sequence.num_computed = stop
         for medium in sequence.media:
             if medium.stop <= stop:
                 self._release_encoding(medium)
 
-    def _append(self, sequence: Sequence, token_id: int) -> TokenEvent:
+    def _append(
+        self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None
+    ) -> TokenEvent:
         is_first = not sequence.num_generated
         sequence.token_ids.append(token_id)
         self.counts.num_tokens_generated += 1
@@ -389,43 +457,49 @@ class Scheduler:
             reason = "length"
         if reason is not None:
             self._release(sequence)
+        elif sequence.constraint is not None:
+            sequence.constraint.accept(token_id)
+        # The other choices share what this request computed itself: of the cache tells the first.
+        is_telling = is_first and sequence.choice == 0
         return TokenEvent(
             sequence.request_id,
             token_id,
             reason,
-            num_cached_tokens=sequence.num_cached or 0 if is_first else 0,
+            num_cached_tokens=(sequence.num_cached or 0) if is_telling else 0,
+            choice=sequence.choice,
+            logprobs=logprobs,
+            prompt_logprobs=(
+                tuple(sequence.prompt_logprobs) if is_telling and sequence.tells_prompt else None
+            ),
         )
 
     def _end(
-        self, request_id: str, reason: FinishReason, *, error_code: str | None = None
-    ) -> list[TokenEvent]:
-        sequence = self._sequences.get(request_id)
-        if sequence is None:
-            return []
+        self, sequence: Sequence, reason: FinishReason, *, error_code: str | None = None
+    ) -> TokenEvent:
         self._release(sequence)
-        return [TokenEvent(request_id, None, reason, error_code)]
+        return TokenEvent(sequence.request_id, None, reason, error_code, choice=sequence.choice)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the head of the line, with nothing computed but its tokens kept."""
-        self._leave(sequence)
+        self._leave_running(sequence)
         self._free(sequence)
         sequence.status = "waiting"
         sequence.num_computed = 0
         self._waiting.put_back(sequence)
         self.counts.num_preemptions += 1
 
-    def _leave(self, sequence: Sequence) -> None:
-        self._running.remove(sequence)
-        self._running_tile_bytes -= sequence.num_tile_bytes
-
     def _release(self, sequence: Sequence) -> None:
         if sequence.status == "running":
-            self._leave(sequence)
+            self._leave_running(sequence)
         else:
             self._waiting.remove(sequence)
         self._free(sequence)
-        del self._sequences[sequence.request_id]
+        choices = self._sequences[sequence.request_id]
+        del choices[sequence.choice]
+        if not choices:
+            del self._sequences[sequence.request_id]
         sequence.media = []
+        sequence.constraint = None
         sequence.status = "finished"
 
     def _free(self, sequence: Sequence) -> None:

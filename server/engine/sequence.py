@@ -7,12 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol, TypeAlias
 
-from server.core import GenerationRequest, Tiles, VisionInput
+import numpy as np
+import numpy.typing as npt
+
+from server.core import GenerationRequest, Tiles, TokenLogprobs, VisionInput
 from server.engine.encodings import Encoding
 
 SequenceStatus = Literal["waiting", "running", "finished"]
+
+SequenceKey: TypeAlias = tuple[str, int]
+"""A request's id and the number of the choice."""
+
+
+class TokenMask(Protocol):
+    """Which ids may come next, by a grammar that sees each token as it is chosen."""
+
+    def allowed(self) -> npt.NDArray[np.int32] | None:
+        """int32 [ceil(ids / 32)]: bit i % 32 of word i // 32 is set where id i may come.
+
+        `ids` is the width of the logits. None where every id may. Asking changes nothing: a step
+        that is run again asks again. Where nothing may come no bit is set, and the choice fails.
+        """
+
+    def accept(self, token_id: int) -> None:
+        """The id has been chosen, and another will be. Said once for each, and never raises."""
 
 
 @dataclass(slots=True, eq=False)
@@ -34,7 +54,7 @@ class Medium:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request in progress. It owns its block table.
+    """One choice of a request in progress. It owns its block table.
 
     token_ids   | prompt ............ | generated ... |
                 0        num_computed                 len(sequence)
@@ -45,6 +65,8 @@ class Sequence:
     request: GenerationRequest
     token_ids: list[int]
     media: list[Medium]
+    choice: int = 0
+    constraint: TokenMask | None = None
     status: SequenceStatus = "waiting"
     num_computed: int = 0
     num_cached: int | None = None
@@ -52,16 +74,26 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
     """Of its full blocks from the first on, as far as they have been made."""
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
+    """Of the prompt's ids from the first on, which follows from nothing; only if asked for."""
 
     @classmethod
-    def from_request(cls, request: GenerationRequest, tiles: list[Tiles]) -> Sequence:
+    def from_request(
+        cls,
+        request: GenerationRequest,
+        tiles: list[Tiles],
+        *,
+        choice: int = 0,
+        constraint: TokenMask | None = None,
+    ) -> Sequence:
+        """One of the choices; all of them may have the same tiles, but each its own constraint."""
         media = [
             Medium(vision, start, medium_tiles)
             for vision, start, medium_tiles in zip(
                 request.vision, request.vision_starts, tiles, strict=True
             )
         ]
-        return cls(request, list(request.prompt_ids), media)
+        return cls(request, list(request.prompt_ids), media, choice, constraint)
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -71,12 +103,30 @@ class Sequence:
         return self.request.request_id
 
     @property
+    def key(self) -> SequenceKey:
+        return self.request.request_id, self.choice
+
+    @property
     def num_generated(self) -> int:
         return len(self.token_ids) - len(self.request.prompt_ids)
 
     @property
     def num_to_compute(self) -> int:
         return len(self.token_ids) - self.num_computed
+
+    def is_placeholder(self, position: int) -> bool:
+        """Whether what stands there was made of pixels."""
+        return any(medium.start <= position < medium.stop for medium in self.media)
+
+    @property
+    def tells_prompt(self) -> bool:
+        """Whether the prompt's log-probabilities were asked for; they come once a request."""
+        return self.choice == 0 and self.request.sampling.num_prompt_logprobs is not None
+
+    @property
+    def must_compute_prompt(self) -> bool:
+        """Whether something is still to be told that is not in the cache."""
+        return self.tells_prompt and len(self.prompt_logprobs) < len(self.request.prompt_ids)
 
     @property
     def is_answering(self) -> bool:
@@ -113,6 +163,18 @@ class Span:
     def is_sampled(self) -> bool:
         """Whether this span reaches the end of what is known, so that a token follows from it."""
         return self.stop == len(self.sequence)
+
+    @property
+    def told_positions(self) -> range:
+        """The positions of the prompt whose log-probabilities this span has to give.
+
+        Each follows from the position before it. What was told before it is not told again when it
+        is computed again.
+        """
+        if not self.sequence.must_compute_prompt:
+            return range(0)
+        first = max(self.start + 1, len(self.sequence.prompt_logprobs))
+        return range(first, min(self.stop + 1, len(self.sequence.request.prompt_ids)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,10 +231,15 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class SpanOutput:
-    """What a step made of one span: the next token where it was sampled, or why it failed."""
+    """What a step made of one span: the next token where it was sampled, or why it failed.
+
+    `prompt_logprobs` are those of the span's `told_positions`.
+    """
 
     token_id: int | None = None
     error_code: str | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
 
 
 class DeviceError(Exception):

@@ -26,6 +26,8 @@ def check_request(
         raise InvalidPrompt("The prompt is empty.")
     if request.sampling.max_tokens < 1:
         raise InvalidRequest("The answer must be allowed at least one token.", param="max_tokens")
+    if request.num_choices < 1:
+        raise InvalidRequest("A request has at least one choice.", param="n")
     if num_tokens > facts.max_request_tokens:
         raise PromptTooLong(
             f"The prompt of {len(request.prompt_ids)} tokens and max_tokens "

@@ -78,14 +78,15 @@ class Worker:
                 case Submit():
                     self._add(message, tiles)
                 case Abort():
-                    self._emit(self._scheduler.abort(message.request_id))
+                    self._emit(self._scheduler.abort(message.request_id, message.choice))
                 case Stop():
                     self._stopping = True
 
     def _announce(self, batch: Batch) -> None:
         """Said before the step, so that the other side knows whom a crash has met."""
         if batch.joined:
-            self._channel.send(Joined(tuple(sequence.request_id for sequence in batch.joined)))
+            names = dict.fromkeys(sequence.request_id for sequence in batch.joined)
+            self._channel.send(Joined(tuple(names)))
 
     def _emit(self, events: AbstractSequence[TokenEvent]) -> None:
         self._channel.send(Progress(tuple(events), self._meter.stats_if_due()))
@@ -94,7 +95,8 @@ class Worker:
         request = message.request
         try:
             check_request(request, tiles, facts=self._facts, vision=self._vision)
-            self._scheduler.add(Sequence.from_request(request, tiles))
+            for choice in range(request.num_choices):
+                self._scheduler.add(Sequence.from_request(request, tiles, choice=choice))
         except ServerError as error:
             self._emit([TokenEvent(request.request_id, None, "error", error.code)])
 
@@ -125,7 +127,7 @@ class Worker:
             raise
         except Exception:
             _log.exception("A request failed alone.")
-            self._emit(self._scheduler.fail(sequence.request_id, error_code="internal_error"))
+            self._emit([self._scheduler.fail(sequence, error_code="internal_error")])
             return False
         self._emit(self._scheduler.commit(batch, outputs))
         return True

@@ -4,7 +4,7 @@ The model is built without storage; each tensor is read through a memory map and
 straight into its final place. What is missing, unexpected or of another shape is one error.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from server.attention.backend import AttentionBackend
 from server.errors import CheckpointError
 from server.model.config import CheckpointInfo
+from server.model.layers import FusedLinear
 from server.model.tensors import (
     TensorEntry,
     listed,
@@ -86,7 +87,25 @@ def _entries_to_load(info: CheckpointInfo) -> dict[str, TensorEntry]:
 
 
 def _parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return {
+        name: tuple(tensor.shape)
+        for prefix, module in model.named_modules()
+        for parameter_name, parameter in module.named_parameters(recurse=False)
+        for name, tensor in _places(prefix, module, parameter_name, parameter)
+    }
+
+
+def _places(
+    prefix: str, module: nn.Module, parameter_name: str, tensor: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint's names for one parameter of a module, each with its part of `tensor`."""
+    if not isinstance(module, FusedLinear):
+        yield f"{prefix}.{parameter_name}" if prefix else parameter_name, tensor
+        return
+    beside = prefix.rpartition(".")[0]
+    parts = tensor.split_with_sizes(list(module.parts.values()))
+    for part, rows in zip(module.parts, parts, strict=True):
+        yield f"{beside}.{part}.{parameter_name}", rows
 
 
 def _check(
@@ -109,16 +128,13 @@ def _check(
 
 
 def _allocate(model: nn.Module, *, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Storage for every parameter; the place, by name, that a checkpoint's tensor is copied to.
-
-    A parameter that fuses several tensors would have its slices here, under the tensors' names.
-    """
+    """Storage for every parameter; the place, by name, that a checkpoint's tensor is copied to."""
     places: dict[str, Tensor] = {}
     for prefix, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             storage = torch.empty(parameter.shape, dtype=dtype, device=device)
             setattr(module, name, nn.Parameter(storage, requires_grad=False))
-            places[f"{prefix}.{name}" if prefix else name] = storage
+            places.update(_places(prefix, module, name, storage))
     return places
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from server.attention.backend import AttentionBackend, AttentionInputs, LayerCache
 from server.model.config import TextConfig
-from server.model.layers import GatedMLP, RMSNorm, RotaryEmbedding, project, rotate
+from server.model.layers import FusedLinear, GatedMLP, RMSNorm, RotaryEmbedding, project, rotate
 
 
 class Attention(nn.Module):
@@ -20,9 +20,9 @@ class Attention(nn.Module):
         query_size = config.num_heads * config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
         bias = config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        parts = {"q_proj": query_size, "k_proj": kv_size, "v_proj": kv_size}
+        self.qkv_proj = FusedLinear(config.hidden_size, parts, bias=bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=bias)
 
     def forward(
@@ -32,16 +32,14 @@ class Attention(nn.Module):
         attention: AttentionInputs,
         cache: LayerCache,
     ) -> Tensor:
-        queries = self._heads(self.q_proj, hidden)  # [tokens, heads, head_dim]
-        keys = self._heads(self.k_proj, hidden)  # [tokens, kv_heads, head_dim]
-        values = self._heads(self.v_proj, hidden)
-        self.backend.write(rotate(keys, rotation), values, cache, attention)
-        attended = self.backend.attend(rotate(queries, rotation), cache, attention)
+        heads = project(self.qkv_proj, hidden).view(len(hidden), -1, self.head_dim)
+        # Queries and keys are rotated together: [tokens, heads + kv_heads, head_dim].
+        rotated = rotate(heads[:, : self.num_heads + self.num_kv_heads], rotation)
+        queries, keys = rotated.split_with_sizes([self.num_heads, self.num_kv_heads], dim=1)
+        values = heads[:, -self.num_kv_heads :]
+        self.backend.write(keys, values, cache, attention)
+        attended = self.backend.attend(queries, cache, attention)
         return project(self.o_proj, attended.flatten(1))
-
-    def _heads(self, projection: nn.Linear, hidden: Tensor) -> Tensor:
-        projected = project(projection, hidden)
-        return projected.view(len(hidden), -1, self.head_dim)
 
 
 class DecoderLayer(nn.Module):

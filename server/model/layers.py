@@ -1,7 +1,9 @@
 """The small parts the decoder is made of. Norms and rotations are computed in float32."""
 
 import math
+from collections.abc import Mapping
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,23 +46,51 @@ def project(layer: nn.Module, hidden: Tensor) -> Tensor:
     return projected
 
 
+class FusedLinear(nn.Module):
+    """Linear layers of the same input as one: its output is theirs, side by side.
+
+    `parts` are their names in the checkpoint, beside this layer, with their numbers of outputs.
+    """
+
+    def __init__(self, in_features: int, parts: Mapping[str, int], *, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, sum(parts.values())
+        self.parts = dict(parts)
+        self.weight = nn.Parameter(torch.empty(self.out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(self.out_features)) if bias else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight, self.bias)
+
+
+def project_gelu(
+    layer: nn.Module, hidden: Tensor, *, approximate: Literal["tanh", "none"]
+) -> Tensor:
+    """`project` and GELU after it, in one pass where the layer is packed."""
+    if isinstance(layer, PackedLinear):
+        activated: Tensor = layer(hidden, activation="gelu", algorithm=approximate)
+        return activated
+    return F.gelu(project(layer, hidden), approximate=approximate)
+
+
 class PackedLinear(nn.Module):
     """A linear layer whose weight lies in the order oneDNN reads it in, and nowhere else.
 
     oneDNN would otherwise find its way through the plain order in every call.
     """
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear | FusedLinear) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.bias = layer.bias
         # No buffer: such a tensor cannot be moved, viewed or saved.
         self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, *, activation: str = "none", algorithm: str = "") -> Tensor:
+        """The activation, in oneDNN's words, is applied to the float32 sums before any rounding."""
         rows = hidden.reshape(-1, self.in_features)
         projected: Tensor = torch.ops.mkldnn._linear_pointwise(
-            rows, self.packed, self.bias, "none", [], ""
+            rows, self.packed, self.bias, activation, [], algorithm
         )
         return projected.view(*hidden.shape[:-1], self.out_features)
 
@@ -73,7 +103,7 @@ def pack_linear_layers(model: nn.Module) -> None:
     """
     for module in model.modules():
         for name, child in list(module.named_children()):
-            if type(child) is not nn.Linear or name == "lm_head":
+            if not isinstance(child, nn.Linear | FusedLinear) or name == "lm_head":
                 continue
             weight = child.weight
             is_fast = weight.dtype == torch.float32 or has_half_units(weight.dtype)
@@ -98,17 +128,20 @@ class GatedMLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        parts = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
+        self.gate_up_proj = FusedLinear(hidden_size, parts, bias=bias)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        gate, up = project(self.gate_proj, hidden), project(self.up_proj, hidden)
+        gate, up = project(self.gate_up_proj, hidden).chunk(2, dim=-1)
         return project(self.down_proj, F.silu(gate) * up)
 
 
 class RotaryEmbedding(nn.Module):
-    """Position -> (cosine, sine) [tokens, 1, head_dim / 2], float32; the same for every layer."""
+    """Position -> (cosine, signed sine) [tokens, 1, head_dim], float32; for `rotate`.
+
+    Both halves of the dimensions have the same angles; the sine of the first is negative.
+    """
 
     inverse_frequencies: Tensor
 
@@ -123,7 +156,8 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         angles = positions.float()[:, None, None] * self.inverse_frequencies
-        return angles.cos(), angles.sin()
+        cosine, sine = angles.cos(), angles.sin()
+        return torch.cat([cosine, cosine], dim=-1), torch.cat([-sine, sine], dim=-1)
 
 
 def stretch_low_frequencies(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
@@ -136,7 +170,7 @@ def stretch_low_frequencies(frequencies: Tensor, scaling: Llama3Scaling) -> Tens
 
 def rotate(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate [tokens, heads, head_dim]: dimension i is paired with i + head_dim / 2."""
-    cosine, sine = rotation
-    first, second = heads.float().chunk(2, dim=-1)
-    rotated = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
-    return rotated.type_as(heads)
+    cosine, signed_sine = rotation
+    wide = heads.float()
+    partners = wide.roll(wide.shape[-1] // 2, dims=-1)
+    return (wide * cosine).addcmul_(partners, signed_sine).type_as(heads)

@@ -28,14 +28,6 @@ class Projector(Protocol):
     def __call__(self, features: Tensor, tile_queries: Sequence[int]) -> list[Tensor]: ...
 
 
-def layer_norm(hidden: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """LayerNorm over the last axis, computed in float32 whatever the weights are."""
-    weight, bias = norm.weight.float(), norm.bias.float()
-    return F.layer_norm(hidden.float(), norm.normalized_shape, weight, bias, norm.eps).type_as(
-        hidden
-    )
-
-
 class ConvNorm(nn.Module):
     """A bias-free convolution and the LayerNorm over channels that the checkpoint calls `bn`."""
 
@@ -49,11 +41,13 @@ class ConvNorm(nn.Module):
             groups=groups,
             bias=False,
         )
+        # torch computes a LayerNorm of 16-bit tensors in float32 inside
         self.bn = nn.LayerNorm(channels, eps=BLOCK_NORM_EPS)
 
     def forward(self, hidden: Tensor) -> Tensor:
         channels_last = project(self.conv, hidden).permute(0, 2, 3, 1)
-        return layer_norm(channels_last, self.bn).permute(0, 3, 1, 2)
+        normed: Tensor = self.bn(channels_last)
+        return normed.permute(0, 3, 1, 2)
 
 
 class SqueezeExcite(nn.Module):
@@ -125,7 +119,7 @@ class CAbstractor(nn.Module):
     def forward(self, features: Tensor, tile_queries: Sequence[int]) -> list[Tensor]:
         """features [tiles, patches, channels] -> per tile [tile_queries[i], hidden_size]."""
         if self.prenorm is not None:
-            features = layer_norm(features, self.prenorm)
+            features = self.prenorm(features)
         if self.pos_emb is not None:
             features = features + self.pos_emb
         hidden = features.transpose(1, 2).reshape(len(features), -1, self.side, self.side)

@@ -4,13 +4,19 @@ Modules carry the checkpoint's names below `vision_model.vision_model.`. Only th
 configured one exist, and there is no norm after them.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from server.core import VisionSpec
 from server.model.config import VisionTowerConfig
-from server.model.layers import project
+from server.model.layers import has_half_units, project, project_gelu
+
+HEADS_AT_ONCE = 4
+"""Whose scores are computed together on a CPU: few, so that they are still in its cache when they
+are read again."""
 
 
 class TowerAttention(nn.Module):
@@ -30,20 +36,41 @@ class TowerAttention(nn.Module):
             project(projection, hidden).view(shape).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )  # each [tiles, heads, patches, head_dim]
-        attended = F.scaled_dot_product_attention(queries, keys, values)
+        attended = attend(queries, keys, values)
         return project(self.out_proj, attended.transpose(1, 2).flatten(2))
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Softmax attention of every patch to every patch; all are [tiles, heads, patches, head_dim].
+
+    torch's fused kernel for CPUs multiplies in float32 without AMX, and plain matrix products take
+    half of its time where the CPU multiplies 16-bit matrices itself. They round the scores to 16
+    bits, as queries and keys were before; the softmax is computed in float32 either way.
+    """
+    dtype = queries.dtype
+    if queries.device.type != "cpu" or dtype == torch.float32 or not has_half_units(dtype):
+        return F.scaled_dot_product_attention(queries, keys, values)
+    no_bias, scale = queries.new_zeros(1), queries.shape[-1] ** -0.5
+    groups = (torch.split(part.flatten(0, 1), HEADS_AT_ONCE) for part in (queries, keys, values))
+    attended = []
+    for some_queries, some_keys, some_values in zip(*groups, strict=True):
+        transposed = some_keys.transpose(1, 2)
+        # One call, for the scale to be applied before the rounding.
+        scores = torch.baddbmm(no_bias, some_queries, transposed, beta=0, alpha=scale)
+        attended.append(torch.bmm(scores.softmax(-1), some_values))
+    return torch.cat(attended).view(queries.shape)
 
 
 class TowerMLP(nn.Module):
     def __init__(self, config: VisionTowerConfig) -> None:
         super().__init__()
-        self.approximate = "tanh" if config.hidden_act == "gelu_pytorch_tanh" else "none"
+        is_tanh = config.hidden_act == "gelu_pytorch_tanh"
+        self.approximate: Literal["tanh", "none"] = "tanh" if is_tanh else "none"
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        inner = F.gelu(project(self.fc1, hidden), approximate=self.approximate)
-        return project(self.fc2, inner)
+        return project(self.fc2, project_gelu(self.fc1, hidden, approximate=self.approximate))
 
 
 class TowerLayer(nn.Module):

@@ -130,7 +130,7 @@ def test_many_clients_that_leave_leave_nothing_behind(serve: Serve) -> None:
 
 
 def test_the_neighbours_of_a_client_that_leaves_get_their_answer(serve: Serve) -> None:
-    server = serve(engine=FakeEngine(lambda request: [*bytes(request.prompt_ids), END]))
+    server = serve(engine=FakeEngine(lambda request, choice: [*bytes(request.prompt_ids), END]))
     with connected(server, chat("a", stream=True)):
         pass
     response = server.http.post(URL, json=chat("echo"))

@@ -52,6 +52,9 @@ def make_request(
     stop: Sequence[int] = (),
     seed: int | None = None,
     priority: int = 0,
+    num_logprobs: int | None = None,
+    num_prompt_logprobs: int | None = None,
+    num_choices: int = 1,
     spec: VisionSpec = SPEC,
 ) -> GenerationRequest:
     """A request whose prompt is ids, and media where their placeholders stand."""
@@ -66,10 +69,17 @@ def make_request(
             assert token_id is not None
             ids += [token_id] * part.num_tokens
     sampling = SamplingParams(
-        max_tokens=max_tokens, temperature=temperature, stop_token_ids=tuple(stop), seed=seed
+        max_tokens=max_tokens,
+        temperature=temperature,
+        stop_token_ids=tuple(stop),
+        seed=seed,
+        num_logprobs=num_logprobs,
+        num_prompt_logprobs=num_prompt_logprobs,
     )
     vision = tuple(part for part in prompt if isinstance(part, VisionInput))
-    return GenerationRequest(name, "tenant", tuple(ids), sampling, vision, tuple(starts), priority)
+    return GenerationRequest(
+        name, "tenant", tuple(ids), sampling, vision, tuple(starts), priority, num_choices
+    )
 
 
 def make_tiles(request: GenerationRequest, *, side: int = TILE_SIZE) -> list[Tiles]:

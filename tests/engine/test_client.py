@@ -230,13 +230,15 @@ async def test_two_requests_with_one_id_are_a_bug_of_ours(client: EngineClient) 
 class Aborts:
     def __init__(self) -> None:
         self.count = 0
+        self.choices: list[int | None] = []
         self.mailbox: asyncio.Queue[TokenEvent] = asyncio.Queue()
 
-    def stream(self) -> TokenStream:
-        return TokenStream(self.mailbox, self.abort)
+    def stream(self, *, num_choices: int = 1) -> TokenStream:
+        return TokenStream(self.mailbox, self.abort, num_choices=num_choices)
 
-    def abort(self) -> None:
+    def abort(self, choice: int | None) -> None:
         self.count += 1
+        self.choices.append(choice)
 
 
 async def test_a_finished_stream_aborts_nothing() -> None:

@@ -12,12 +12,19 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from server.core import TokenEvent, VisionInput
+from server.core import TokenEvent, TokenLogprobs, VisionInput
 from server.engine import scheduler as scheduler_module
 from server.engine.blocks import BlockPool
 from server.engine.encodings import EncoderCache
 from server.engine.scheduler import Counts, Scheduler
-from server.engine.sequence import Batch, Sequence, Span, SpanOutput, StepBudget
+from server.engine.sequence import (
+    Batch,
+    Sequence,
+    SequenceKey,
+    Span,
+    SpanOutput,
+    StepBudget,
+)
 from tests.engine.samples import PICTURE, VIDEO, make_request, make_tiles
 
 
@@ -39,16 +46,25 @@ def make_scheduler(
     )
 
 
-def make_sequence(name: str = "r", *, tenant: str = "tenant", **options: object) -> Sequence:
-    request = replace(make_request(name, **options), tenant=tenant)  # type: ignore[arg-type]
-    return Sequence.from_request(request, make_tiles(request))
+def make_choices(
+    name: str = "r", *, tenant: str = "tenant", num_choices: int, **options: object
+) -> list[Sequence]:
+    request = make_request(name, num_choices=num_choices, **options)  # type: ignore[arg-type]
+    request = replace(request, tenant=tenant)
+    tiles = make_tiles(request)
+    return [Sequence.from_request(request, tiles, choice=choice) for choice in range(num_choices)]
+
+
+def make_sequence(name: str = "r", **options: object) -> Sequence:
+    (sequence,) = make_choices(name, num_choices=1, **options)  # type: ignore[arg-type]
+    return sequence
 
 
 class FakeCache:
     """What a real cache would hold: for each slot, a digest of everything the position depends on.
 
     A span may only read slots that were written with exactly its own past, so a block that is
-    shared wrongly, or given away too early, is noticed at once.
+    shared wrongly, or given away too early, is noticed at once. Each choice says something else.
     """
 
     def __init__(self, block_size: int) -> None:
@@ -74,8 +90,12 @@ class FakeCache:
                 self.slots[slot] = state
                 self.num_computed += 1
             assert self.slots[slot] == state
-        token_id = state[0] % 97 if span.is_sampled else None
-        return SpanOutput(token_id)
+        token_id = (state[0] + sequence.choice) % 97 if span.is_sampled else None
+        told = tuple(
+            None if sequence.is_placeholder(p) else TokenLogprobs(sequence.token_ids[p], -p)
+            for p in span.told_positions
+        )
+        return SpanOutput(token_id, prompt_logprobs=told)
 
     def _slot(self, sequence: Sequence, position: int) -> int:
         block, offset = divmod(position, self.block_size)
@@ -112,8 +132,13 @@ def steps_of(scheduler: Scheduler) -> list[list[tuple[str, int, int]]]:
     return steps
 
 
-def ids(events: list[TokenEvent], name: str = "r") -> list[int | None]:
-    return [event.token_id for event in events if event.request_id == name]
+def ids(events: list[TokenEvent], name: str = "r", choice: int = 0) -> list[int | None]:
+    return [e.token_id for e in events if (e.request_id, e.choice) == (name, choice)]
+
+
+def told_of(prompt: tuple[int, ...]) -> tuple[TokenLogprobs | None, ...]:
+    """What the fake tells of a prompt without media."""
+    return (None, *(TokenLogprobs(prompt[p], -p) for p in range(1, len(prompt))))
 
 
 def test_a_long_prompt_goes_in_chunks_and_then_one_position_a_step() -> None:
@@ -192,8 +217,8 @@ def test_what_can_never_fit_is_refused() -> None:
 def test_short_prompts_come_first_and_the_eldest_always_gets_its_share() -> None:
     scheduler = make_scheduler(num_blocks=64, max_tokens=16)
     scheduler.add(make_sequence("long", prompt=range(40), max_tokens=1))
-    scheduler.add(make_sequence("short", prompt=range(10), max_tokens=1))
-    scheduler.add(make_sequence("middle", prompt=range(20), max_tokens=1))
+    scheduler.add(make_sequence("short", prompt=range(100, 110), max_tokens=1))
+    scheduler.add(make_sequence("middle", prompt=range(200, 220), max_tokens=1))
     steps = steps_of(scheduler)
     assert steps[0] == [("short", 0, 10), ("middle", 0, 2), ("long", 0, 4)]
 
@@ -425,12 +450,13 @@ def test_a_medium_that_ends_a_cached_prompt_is_encoded_again() -> None:
 
 def test_what_a_failed_request_made_is_not_shared() -> None:
     scheduler, cache = make_scheduler(num_blocks=64, max_tokens=12), FakeCache(4)
-    scheduler.add(make_sequence("bad", prompt=(PICTURE, *range(20)), max_tokens=1))
+    bad = make_sequence("bad", prompt=(PICTURE, *range(20)), max_tokens=1)
+    scheduler.add(bad)
     for _ in range(2):
         batch = scheduler.schedule()
         assert batch is not None
         scheduler.commit(batch, cache.run(batch))
-    scheduler.fail("bad", error_code="internal_error")
+    scheduler.fail(bad, error_code="internal_error")
     scheduler.check()
     scheduler.add(make_sequence("again", prompt=(PICTURE, *range(20)), max_tokens=1))
     assert answer(scheduler, cache)[0].num_cached_tokens == 0
@@ -530,6 +556,194 @@ def test_aborting_what_is_not_there_is_harmless() -> None:
     assert make_scheduler().abort("nobody") == []
 
 
+@pytest.mark.parametrize("max_tokens", [3, 7, 100])
+def test_choices_compute_the_full_blocks_of_their_prompt_once(max_tokens: int) -> None:
+    """Each computes what no block holds alone, and an answer of its own."""
+    prompt = range(41)
+    alone, cache = make_scheduler(num_blocks=99), FakeCache(4)
+    alone.add(make_sequence(prompt=prompt, max_tokens=6))
+    expected = ids(answer(alone, cache))
+    scheduler, cache = make_scheduler(num_blocks=99, max_tokens=max_tokens), FakeCache(4)
+    for sequence in make_choices(num_choices=4, prompt=prompt, max_tokens=6):
+        scheduler.add(sequence)
+    events = answer(scheduler, cache)
+    assert cache.num_computed == 40 + 4 * (1 + 5)
+    assert ids(events) == expected
+    assert len({tuple(ids(events, choice=choice)) for choice in range(4)}) == 4
+    assert scheduler.idle and scheduler.pool.num_used == 0
+    assert sum(event.num_cached_tokens for event in events) == 0
+
+
+def test_choices_have_their_picture_encoded_once() -> None:
+    scheduler, cache = make_scheduler(num_blocks=99), FakeCache(4)
+    for sequence in make_choices(num_choices=3, prompt=(1, 2, PICTURE, *range(9)), max_tokens=4):
+        scheduler.add(sequence)
+    answer(scheduler, cache)
+    assert cache.num_tiles == len(PICTURE.layout.tile_queries)
+    assert scheduler.encoder_cache.held_bytes == 0
+
+
+def test_what_was_in_the_cache_when_a_request_came_is_told_once() -> None:
+    scheduler, cache = make_scheduler(num_blocks=99, max_tokens=100), FakeCache(4)
+    scheduler.add(make_sequence("before", prompt=range(9), max_tokens=1))
+    answer(scheduler, cache)
+    for sequence in make_choices(num_choices=3, prompt=range(30), max_tokens=2):
+        scheduler.add(sequence)
+    events = answer(scheduler, cache)
+    assert [(e.choice, e.num_cached_tokens) for e in events if e.num_cached_tokens] == [(0, 8)]
+
+
+def test_who_comes_while_the_same_beginning_is_computed_waits_for_it() -> None:
+    scheduler, cache = make_scheduler(num_blocks=99, max_tokens=6), FakeCache(4)
+    scheduler.add(make_sequence("a", prompt=range(20), max_tokens=1))
+    batch = scheduler.schedule()
+    assert batch is not None
+    scheduler.commit(batch, cache.run(batch))
+    scheduler.add(make_sequence("b", prompt=(*range(12), 50, 51), max_tokens=1))
+    scheduler.add(make_sequence("c", prompt=(60, 61, 62), max_tokens=1))
+    steps = []
+    while batch := scheduler.schedule():
+        steps.append([(s.sequence.request_id, s.start, s.stop) for s in batch.spans])
+        scheduler.commit(batch, cache.run(batch))
+        scheduler.check()
+    # b joins with the block that is there, waits, and goes on behind the two that are made.
+    assert steps[0] == [("c", 0, 3), ("a", 6, 9)]
+    assert steps[1] == [("a", 9, 15)]
+    assert steps[2] == [("b", 12, 14), ("a", 15, 19)]
+    assert cache.num_computed == 20 + 2 + 3
+
+
+def test_the_eldest_never_waits_and_another_tenant_neither() -> None:
+    scheduler = make_scheduler(num_blocks=99, max_tokens=100)
+    for name, tenant in (("a", "x"), ("b", "x"), ("c", "y")):
+        scheduler.add(make_sequence(name, tenant=tenant, prompt=range(20), max_tokens=1))
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert {span.sequence.request_id for span in batch.spans} == {"a", "c"}
+
+
+def test_who_waited_goes_on_alone_when_the_other_is_gone() -> None:
+    scheduler, cache = make_scheduler(num_blocks=99, max_tokens=3), FakeCache(4)
+    for name in "ab":
+        scheduler.add(make_sequence(name, prompt=(PICTURE, *range(20)), max_tokens=1))
+    batch = scheduler.schedule()
+    assert batch is not None
+    scheduler.commit(batch, cache.run(batch))
+    scheduler.abort("a")
+    assert [event.finish_reason for event in answer(scheduler, cache)] == ["length"]
+
+
+def test_one_choice_is_aborted_and_the_others_go_on() -> None:
+    scheduler, cache = make_scheduler(num_blocks=99), FakeCache(4)
+    sequences = make_choices(num_choices=3, prompt=range(9), max_tokens=5)
+    for sequence in sequences:
+        scheduler.add(sequence)
+    for _ in range(3):
+        batch = scheduler.schedule()
+        assert batch is not None
+        scheduler.commit(batch, cache.run(batch))
+    assert scheduler.abort("r", 1) == [TokenEvent("r", None, "abort", choice=1)]
+    assert scheduler.abort("r", 1) == []
+    scheduler.check()
+    events = answer(scheduler, cache)
+    assert {event.choice for event in events} == {0, 2}
+    assert [e.finish_reason for e in events if e.finish_reason] == ["length"] * 2
+    assert scheduler.idle and scheduler.pool.num_used == 0
+
+
+def test_all_choices_are_aborted_together_wherever_they_are() -> None:
+    scheduler, cache = make_scheduler(max_running=2), FakeCache(4)
+    for sequence in make_choices(num_choices=4, prompt=range(9), max_tokens=5):
+        scheduler.add(sequence)
+    batch = scheduler.schedule()
+    assert batch is not None and scheduler.num_waiting == 2
+    scheduler.commit(batch, cache.run(batch))
+    events = scheduler.abort("r")
+    assert [(e.choice, e.finish_reason) for e in events] == [(c, "abort") for c in range(4)]
+    assert scheduler.idle and scheduler.pool.num_used == 0
+
+
+def test_the_pixels_of_all_choices_of_a_request_are_counted_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sequences = make_choices(num_choices=3, prompt=(VIDEO, 1), max_tokens=1)
+    monkeypatch.setattr(scheduler_module, "MAX_TILE_BYTES", sequences[0].num_tile_bytes)
+    scheduler = make_scheduler(num_blocks=64)
+    for sequence in sequences:
+        scheduler.add(sequence)
+    batch = scheduler.schedule()
+    assert batch is not None and len(batch.joined) == 3
+
+
+@pytest.mark.parametrize("max_tokens", [1, 3, 100])
+def test_a_prompt_that_is_told_is_computed_whole_and_shared_by_others(max_tokens: int) -> None:
+    prompt = tuple(range(14))
+    scheduler, cache = make_scheduler(num_blocks=99, max_tokens=max_tokens), FakeCache(4)
+    scheduler.add(make_sequence("before", prompt=prompt, max_tokens=1))
+    answer(scheduler, cache)
+    for sequence in make_choices(num_choices=2, prompt=prompt, max_tokens=2, num_prompt_logprobs=0):
+        scheduler.add(sequence)
+    events = answer(scheduler, cache)
+    assert [e.choice for e in events if e.prompt_logprobs is not None] == [0]
+    assert events[[e.choice for e in events].index(0)].prompt_logprobs == told_of(prompt)
+    assert sum(event.num_cached_tokens for event in events) == 0
+    assert cache.num_computed == 14 + (14 + 1) + (2 + 1)
+
+
+def test_a_prompt_of_one_id_tells_nothing_of_it() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_sequence(prompt=(5,), max_tokens=2, num_prompt_logprobs=3))
+    first, second = answer(scheduler)
+    assert (first.prompt_logprobs, second.prompt_logprobs) == ((None,), None)
+
+
+def test_what_was_told_of_a_prompt_is_told_once_though_it_is_computed_again() -> None:
+    """Two grow until one has to go back, some of them in the middle of their prompt."""
+    scheduler, cache = make_scheduler(num_blocks=6, max_tokens=3), FakeCache(4)
+    prompts = {"a": (1,) * 7, "b": (2,) * 9}
+    for name, prompt in prompts.items():
+        scheduler.add(make_sequence(name, prompt=prompt, max_tokens=9, num_prompt_logprobs=0))
+    joined, events = [], []
+    while batch := scheduler.schedule():
+        joined += [sequence.request_id for sequence in batch.joined]
+        events += scheduler.commit(batch, cache.run(batch))
+        scheduler.check()
+    assert joined.count("b") > 1
+    told = {e.request_id: e.prompt_logprobs for e in events if e.prompt_logprobs is not None}
+    assert told == {name: told_of(prompt) for name, prompt in prompts.items()}
+
+
+class Recorder:
+    """A mask that allows all and keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.accepted: list[int] = []
+
+    def allowed(self) -> None:
+        return None
+
+    def accept(self, token_id: int) -> None:
+        self.accepted.append(token_id)
+
+
+def test_a_mask_is_told_each_token_once_and_dropped_at_the_end() -> None:
+    """The last one it need not know. Both grow until one has to be computed again."""
+    scheduler, cache = make_scheduler(num_blocks=6), FakeCache(4)
+    masks = {name: Recorder() for name in "ab"}
+    sequences = [make_sequence(name, prompt=(ord(name),) * 7, max_tokens=9) for name in masks]
+    joined, events = [], []
+    for sequence in sequences:
+        sequence.constraint = masks[sequence.request_id]
+        scheduler.add(sequence)
+    while batch := scheduler.schedule():
+        joined += [sequence.request_id for sequence in batch.joined]
+        events += scheduler.commit(batch, cache.run(batch))
+    assert joined.count("b") > 1
+    for name, mask in masks.items():
+        assert mask.accepted == ids(events, name)[:-1]
+    assert [sequence.constraint for sequence in sequences] == [None, None]
+
+
 OTHER_PICTURE = VisionInput("image", PICTURE.layout, digest="c" * 64)
 MAX_TOKENS = 5
 MAX_BESIDE = 3
@@ -548,9 +762,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             encoder_bytes=30,
         )
         self.cache = FakeCache(4)
-        self.added: list[Sequence] = []
-        self.answers: dict[str, list[int]] = {}
-        self.finals: dict[str, str] = {}
+        self.num_requests = 0
+        self.added: dict[SequenceKey, Sequence] = {}
+        self.masks: dict[SequenceKey, Recorder] = {}
+        self.events: dict[SequenceKey, list[TokenEvent]] = {}
+        self.finals: dict[SequenceKey, str] = {}
 
     @rule(
         num_ids=st.integers(1, 17),
@@ -559,6 +775,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         stop=st.lists(st.integers(0, 96), max_size=20),
         tenant=st.sampled_from("ab"),
         priority=st.integers(-1, 1),
+        num_choices=st.sampled_from([1, 1, 2, 4]),
+        num_prompt_logprobs=st.sampled_from([None, None, 0]),
     )
     def add(
         self,
@@ -568,20 +786,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         stop: list[int],
         tenant: str,
         priority: int,
+        num_choices: int,
+        num_prompt_logprobs: int | None,
     ) -> None:
-        prompt = (*range(1, num_ids + 1), *media)
-        name = str(len(self.added))
-        sequence = make_sequence(
-            name,
+        for sequence in make_choices(
+            str(self.num_requests),
             tenant=tenant,
-            prompt=prompt,
+            num_choices=num_choices,
+            prompt=(*range(1, num_ids + 1), *media),
             max_tokens=max_tokens,
             stop=stop,
             priority=priority,
-        )
-        self.added.append(sequence)
-        self.answers[name] = []
-        self.scheduler.add(sequence)
+            num_prompt_logprobs=num_prompt_logprobs,
+        ):
+            self.masks[sequence.key] = Recorder()
+            sequence.constraint = self.masks[sequence.key]
+            self.added[sequence.key] = sequence
+            self.events[sequence.key] = []
+            self.scheduler.add(sequence)
+        self.num_requests += 1
 
     @rule()
     def step(self) -> None:
@@ -598,7 +821,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         batch = self.scheduler.schedule()
         for index, (sequence, part) in enumerate(batch.alone() if batch else ()):
             if index == number:
-                self.note(self.scheduler.fail(sequence.request_id, error_code="internal_error"))
+                self.note([self.scheduler.fail(sequence, error_code="internal_error")])
             else:
                 self.note(self.scheduler.commit(part, self.cache.run(part)))
 
@@ -606,15 +829,20 @@ class SchedulerMachine(RuleBasedStateMachine):
     def abort(self, number: int) -> None:
         self.note(self.scheduler.abort(str(number)))
 
+    @rule(number=st.integers(0, 40), choice=st.integers(0, 3))
+    def abort_one_choice(self, number: int, choice: int) -> None:
+        self.note(self.scheduler.abort(str(number), choice))
+
     def judge(self, batch: Batch) -> None:
-        waiting = [sequence for sequence in self.added if sequence.status == "waiting"]
+        waiting = [sequence for sequence in self.added.values() if sequence.status == "waiting"]
         for joined in batch.joined:
             assert not any(self.is_before(other, joined) for other in waiting)
         answering = sum(len(span) == 1 and span.is_sampled for span in batch.spans)
         prompts = batch.num_tokens - answering
         assert prompts <= max(1, MAX_TOKENS - answering)
         assert prompts <= (MAX_BESIDE if answering else MAX_TOKENS)
-        assert len({span.sequence.request_id for span in batch.spans}) == len(batch.spans)
+        assert len({span.sequence.key for span in batch.spans}) == len(batch.spans)
+        self.judge_sharing(batch)
         for span in batch.spans:
             assert span.start == span.sequence.num_computed < span.stop <= len(span.sequence)
             assert span.stop <= len(span.sequence.block_table) * self.scheduler.pool.block_size
@@ -628,15 +856,34 @@ class SchedulerMachine(RuleBasedStateMachine):
             return one.request.priority < other.request.priority
         if other.num_cached is not None:
             return False
-        return one.num_cached is not None or int(one.request_id) < int(other.request_id)
+        if one.num_cached is not None:
+            return True
+        return (int(one.request_id), one.choice) < (int(other.request_id), other.choice)
+
+    def judge_sharing(self, batch: Batch) -> None:
+        """No two of one tenant begin the same full block of what they know, in any step."""
+        begun: set[object] = set()
+        size = self.scheduler.pool.block_size
+        for span in batch.spans:
+            sequence, stop = span.sequence, span.start + size
+            if span.start % size or stop >= len(sequence) or sequence.must_compute_prompt:
+                continue
+            seen = [
+                f"{medium.vision.digest} {medium.start}"
+                for medium in sequence.media
+                if medium.start < stop
+            ]
+            block = (sequence.request.tenant, *sequence.token_ids[:stop], *seen)
+            assert block not in begun
+            begun.add(block)
 
     def note(self, events: list[TokenEvent]) -> None:
         for event in events:
-            assert event.request_id not in self.finals
-            if event.token_id is not None:
-                self.answers[event.request_id].append(event.token_id)
+            key = event.request_id, event.choice
+            assert key not in self.finals
+            self.events[key].append(event)
             if event.finish_reason is not None:
-                self.finals[event.request_id] = event.finish_reason
+                self.finals[key] = event.finish_reason
 
     @invariant()
     def invariants_hold(self) -> None:
@@ -651,15 +898,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.idle
         assert self.scheduler.pool.num_used == 0
         assert self.scheduler.encoder_cache.held_bytes == 0
-        for sequence in self.added:
-            name = sequence.request_id
-            alone = make_scheduler(num_blocks=64)
-            alone.add(Sequence.from_request(sequence.request, make_tiles(sequence.request)))
-            expected = [event.token_id for event in answer(alone)]
-            if self.finals[name] in ("abort", "error"):
-                assert self.answers[name] == expected[: len(self.answers[name])]
-            else:
-                assert self.answers[name] == expected
+        for key, sequence in self.added.items():
+            self.judge_answer(key, sequence)
+
+    def judge_answer(self, key: SequenceKey, sequence: Sequence) -> None:
+        request, (_, choice) = sequence.request, key
+        alone = make_scheduler(num_blocks=64)
+        alone.add(Sequence.from_request(request, make_tiles(request), choice=choice))
+        expected = answer(alone)
+        told = [event for event in self.events[key] if event.token_id is not None]
+        if self.finals[key] not in ("abort", "error"):
+            assert len(told) == len(expected)
+            assert self.masks[key].accepted == [event.token_id for event in told[:-1]]
+        else:
+            assert self.masks[key].accepted == [event.token_id for event in told]
+        for event, alike in zip(told, expected, strict=False):
+            assert event.token_id == alike.token_id
+            assert event.prompt_logprobs == alike.prompt_logprobs
+        assert sequence.constraint is None
 
 
 SchedulerMachine.TestCase.settings = settings(

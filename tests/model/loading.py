@@ -67,7 +67,7 @@ def all_logits(
     caches = config.backend.allocate(
         len(model.language_model.layers),
         pages_each * len(sequences),
-        num_kv_heads=config.k_proj.out_features // config.head_dim,
+        num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         dtype=model.language_model.embed_tokens.weight.dtype,
         device="cpu",

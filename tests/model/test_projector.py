@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from server.model.config import PROJECTOR_KINDS
-from server.model.projector import PROJECTORS, SqueezeExcite, layer_norm
+from server.model.projector import PROJECTORS, ConvNorm, SqueezeExcite
 from tests.model.loading import change_tensors, load, relative_difference, stored_tensors
 from tools.random_checkpoint import SIZES, write_checkpoint
 
@@ -178,12 +178,11 @@ def test_norms_and_means_of_half_precision_are_computed_in_float32(dtype: torch.
     """On values whose differences vanish in 16-bit sums: a mean far larger than the spread."""
     torch.manual_seed(1)
     hidden = (100 + torch.randn(2, 48, 8, 8)).to(dtype)
-    norm = nn.LayerNorm(48, eps=1e-5).to(dtype)
-    channels_last = hidden.permute(0, 2, 3, 1)
-    exact = F.layer_norm(channels_last.double(), (48,), eps=1e-5)
-    torch.testing.assert_close(
-        layer_norm(channels_last, norm).double(), exact, atol=2e-2, rtol=1e-2
-    )
+    same = ConvNorm(48, kernel_size=1, groups=1).to(dtype)
+    nn.init.dirac_(same.conv.weight)
+    exact = F.layer_norm(hidden.double().permute(0, 2, 3, 1), (48,), eps=1e-5)
+    normed = same(hidden).double().permute(0, 2, 3, 1)
+    torch.testing.assert_close(normed, exact, atol=2e-2, rtol=1e-2)
 
     excite = SqueezeExcite(48, 12).to(dtype)
     seen: list[Tensor] = []

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from server.model import vision_tower
+from server.model.vision_tower import attend
 from tests.model.loading import (
     change_json,
     change_tensors,
@@ -99,6 +102,25 @@ def test_bfloat16_stays_close_to_float32(tmp_path: Path) -> None:
     rounded = our_state(tmp_path, tiles, dtype="bfloat16")
     assert rounded.dtype == torch.bfloat16
     assert 0 < relative_difference(rounded, our_state(tmp_path, tiles)) < 5e-2
+
+
+@pytest.mark.parametrize("has_half_units", [True, False])
+@pytest.mark.parametrize("num_heads", [3, 4, 10])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_attention_is_the_same_by_either_route(
+    monkeypatch: pytest.MonkeyPatch, has_half_units: bool, num_heads: int, dtype: torch.dtype
+) -> None:
+    """Of peaked scores: they reach 16, and a rounding that is too coarse would show."""
+    monkeypatch.setattr(vision_tower, "has_half_units", lambda dtype: has_half_units)
+    generator = torch.Generator().manual_seed(2)
+    patches = torch.randn(3, 2, 50, num_heads, 24, generator=generator)
+    patches[:2] *= 1.8
+    queries, keys, values = patches.to(dtype).transpose(2, 3)
+    exact = F.scaled_dot_product_attention(queries.double(), keys.double(), values.double())
+    attended = attend(queries, keys, values)
+    assert attended.dtype == dtype
+    closeness = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    assert relative_difference(attended.double(), exact) < closeness
 
 
 def test_pixels_are_normalised_as_the_preprocessor_says(tmp_path: Path) -> None:

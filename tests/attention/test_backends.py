@@ -1,18 +1,21 @@
 """Every backend against plain dense attention in float64, over scattered pages."""
 
+import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
+from server import attention
 from server.attention.backend import (
     BACKENDS,
     AttentionBackend,
     AttentionInputs,
     choose_backend,
 )
-from server.attention.sdpa import MAX_QUERY_ROWS
+from server.attention.cpu import MAX_KERNEL_QUERIES, CpuBackend, load_kernels
+from server.attention.sdpa import MAX_QUERY_ROWS, SdpaBackend
 from server.errors import ConfigError
 
 HEAD_DIM = 16
@@ -192,9 +195,62 @@ def test_writing_touches_only_its_own_slots(name: str) -> None:
 
 
 def test_an_unknown_backend_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="'flash'; it can be one of: auto, sdpa"):
+    with pytest.raises(ConfigError, match="'flash'; it can be one of: auto, sdpa, cpu"):
         choose_backend("flash", device="cpu")
 
 
 def test_auto_is_a_backend_with_the_page_size_asked_for() -> None:
     assert choose_backend("auto", device="cpu", page_size=32).page_size == 32
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("heads", [(6, 2), (4, 4), (3, 1)], ids=str)
+def test_pages_of_64_as_they_are_served(name: str, heads: tuple[int, int]) -> None:
+    """Answers and short and long chunks, contexts that end on, before and after a page's end."""
+    short, long = MAX_KERNEL_QUERIES, MAX_KERNEL_QUERIES + 1
+    lengths = [(1, 64), (1, 65), (1, 300), (short, 128), (long, 129), (short, short), (70, 200)]
+    scene = build_scene(name, lengths, page_size=64, heads=heads)
+    torch.testing.assert_close(attend(scene).double(), expected(scene), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("spoiled", ["keys", "values"])
+def test_what_is_not_a_number_stays_so(name: str, spoiled: str) -> None:
+    """Or the sampler could not tell that a row is lost."""
+    scene = build_scene(name, [(1, 5), (1, 9)])
+    new = scene.new_keys if spoiled == "keys" else scene.new_values
+    new[0, :, 3] = torch.nan
+    result = attend(scene)
+    assert result[0].isnan().any()
+    assert result[1].isfinite().all()
+
+
+def test_large_scores_neither_overflow_nor_vanish() -> None:
+    scene = build_scene("cpu", [(1, 40), (1, 7)])
+    scene.queries.mul_(300)
+    reference = build_scene("sdpa", [(1, 40), (1, 7)])
+    reference.queries.mul_(300)
+    torch.testing.assert_close(attend(scene), attend(reference), atol=1e-4, rtol=1e-4)
+
+
+def test_without_numba_the_reference_is_taken_and_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "server.attention.cpu_kernel", raising=False)
+    monkeypatch.delattr(attention, "cpu_kernel", raising=False)
+    load_kernels.cache_clear()
+    try:
+        assert type(choose_backend("auto", device="cpu")) is SdpaBackend
+        assert "slower reference" in caplog.text
+        with pytest.raises(ConfigError, match="needs numba"):
+            choose_backend("cpu", device="cpu")
+    finally:
+        load_kernels.cache_clear()
+
+
+def test_the_kernel_is_for_cpus() -> None:
+    with pytest.raises(ConfigError, match="does not run on the device 'cuda'"):
+        choose_backend("cpu", device="cuda")
+    assert type(choose_backend("auto", device="cuda")) is SdpaBackend
+    assert type(choose_backend("auto", device="cpu")) is CpuBackend

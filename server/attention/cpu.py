@@ -1,0 +1,171 @@
+"""The backend for CPUs: few queries at a time by a compiled kernel, many by torch.
+
+Answering is bound by reading keys and values; the kernel reads them once, from pages laid out for
+it. A long chunk of a prompt is bound by multiplications and is attended as the reference does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from server.attention.inputs import AttentionInputs, LayerCache
+from server.attention.sdpa import attend_causally
+
+MAX_KERNEL_QUERIES = 8
+"""Of one sequence in one step; with more, torch's matrix products are faster."""
+
+MIN_TOKENS_TO_SHARE = 16
+"""Fewer tokens are written by the calling thread alone: the others would come too late."""
+
+_log = logging.getLogger(__name__)
+
+
+@cache
+def load_kernels() -> ModuleType | None:
+    """The module of compiled kernels; None, with a warning, where numba is not to be had."""
+    try:
+        from server.attention import cpu_kernel
+    except ImportError:
+        _log.warning("numba cannot be imported: attention on this CPU takes the slower reference")
+        return None
+    return cpu_kernel
+
+
+class CpuBackend:
+    """Keys lie as [pages, kv_heads, head_dim, page_size], values with the last two exchanged."""
+
+    def __init__(self, *, page_size: int) -> None:
+        self.page_size = page_size
+
+    def allocate(
+        self,
+        num_layers: int,
+        num_pages: int,
+        *,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: str,
+    ) -> list[LayerCache]:
+        def pages(*shape: int) -> Tensor:
+            # numpy's zeros take no memory before they are written to; torch's take it at once
+            zeros = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+            return torch.from_numpy(zeros).view(dtype).view(shape)
+
+        return [
+            LayerCache(
+                keys=pages(num_pages, num_kv_heads, head_dim, self.page_size),
+                values=pages(num_pages, num_kv_heads, self.page_size, head_dim),
+            )
+            for _ in range(num_layers)
+        ]
+
+    def write(
+        self, keys: Tensor, values: Tensor, cache: LayerCache, inputs: AttentionInputs
+    ) -> None:
+        num_tokens, _, head_dim = keys.shape
+        keys, values = keys.contiguous(), values.contiguous()
+        write = _compiled_write(head_dim, self.page_size, keys.dtype)
+        arguments = self._arguments(cache, num_tasks=num_tokens)
+        arguments.new_keys, arguments.new_values = keys.data_ptr(), values.data_ptr()
+        arguments.slots = inputs.slot_mapping.data_ptr()
+        run_in_threads(write, arguments, is_shared=num_tokens >= MIN_TOKENS_TO_SHARE)
+
+    def attend(self, queries: Tensor, cache: LayerCache, inputs: AttentionInputs) -> Tensor:
+        num_sequences = len(inputs.seqused_k)
+        num_kv_heads, head_dim = cache.keys.shape[1:3]
+        output = torch.empty(queries.shape, dtype=torch.float32)
+        bounds = inputs.cu_seq_q.tolist() if inputs.max_q > MAX_KERNEL_QUERIES else []
+        lengths = [stop - start for start, stop in pairwise(bounds)]
+        if not lengths or min(lengths) <= MAX_KERNEL_QUERIES:
+            scaled = (queries.float() * head_dim**-0.5).contiguous()
+            group = queries.shape[1] // num_kv_heads
+            attend = _compiled_attend(group, head_dim, self.page_size, cache.keys.dtype)
+            arguments = self._arguments(cache, num_tasks=num_sequences * num_kv_heads)
+            table = inputs.block_table.contiguous()
+            arguments.queries, arguments.output = scaled.data_ptr(), output.data_ptr()
+            arguments.bounds = inputs.cu_seq_q.data_ptr()
+            arguments.lengths = inputs.seqused_k.data_ptr()
+            arguments.block_table, arguments.table_width = table.data_ptr(), table.shape[1]
+            arguments.max_queries = MAX_KERNEL_QUERIES
+            run_in_threads(attend, arguments, is_shared=True)
+        for index, length in enumerate(lengths):
+            if length > MAX_KERNEL_QUERIES:
+                keys, values = self._gathered(cache, inputs, index)
+                start = bounds[index]
+                output[start : start + length] = attend_causally(
+                    queries[start : start + length], keys, values
+                )
+        return output.to(queries.dtype)
+
+    def _gathered(
+        self, cache: LayerCache, inputs: AttentionInputs, index: int
+    ) -> tuple[Tensor, Tensor]:
+        """All keys and values of a sequence, [positions, kv_heads, head_dim]."""
+        num_keys = int(inputs.seqused_k[index])
+        pages = inputs.block_table[index, : -(-num_keys // self.page_size)]
+        keys = cache.keys.index_select(0, pages).permute(1, 0, 3, 2).flatten(1, 2)
+        values = cache.values.index_select(0, pages).transpose(0, 1).flatten(1, 2)
+        return keys.transpose(0, 1)[:num_keys], values.transpose(0, 1)[:num_keys]
+
+    def _arguments(self, cache: LayerCache, *, num_tasks: int) -> Any:
+        kernels = load_kernels()
+        assert kernels is not None  # or this backend would not have been chosen
+        return kernels.Arguments(
+            num_tasks=num_tasks,
+            num_kv_heads=cache.keys.shape[1],
+            keys=cache.keys.data_ptr(),
+            values=cache.values.data_ptr(),
+        )
+
+
+@cache
+def _compiled_attend(group: int, head_dim: int, page_size: int, dtype: torch.dtype) -> Any:
+    kernels = load_kernels()
+    assert kernels is not None
+    return kernels.compile_attend(
+        group=group, head_dim=head_dim, page_size=page_size, storage=kernels.STORAGE[str(dtype)]
+    )
+
+
+@cache
+def _compiled_write(head_dim: int, page_size: int, dtype: torch.dtype) -> Any:
+    kernels = load_kernels()
+    assert kernels is not None
+    return kernels.compile_write(
+        head_dim=head_dim, page_size=page_size, storage=kernels.STORAGE[str(dtype)]
+    )
+
+
+def run_in_threads(function: Any, arguments: Any, *, is_shared: bool) -> None:
+    """Calls a kernel from torch's own threads: a second pool would fight them for the cores."""
+    team = _openmp()
+    num_threads = torch.get_num_threads()
+    if team is None or not is_shared or num_threads == 1:
+        function.ctypes(ctypes.addressof(arguments))
+    else:
+        team.GOMP_parallel(
+            ctypes.c_void_p(function.address), ctypes.byref(arguments), num_threads, 0
+        )
+
+
+@cache
+def _openmp() -> ctypes.CDLL | None:
+    """The OpenMP library that torch brought and loaded; None where it is another kind."""
+    folder = Path(torch.__file__).parent
+    for place in (folder / "lib", folder.parent / "torch.libs"):
+        for path in sorted(place.glob("libgomp*.so*")):
+            return ctypes.CDLL(str(path))
+    _log.warning("torch has no libgomp of its own: attention runs in one thread")
+    return None

@@ -1,0 +1,378 @@
+"""Attention over pages as one compiled function for each shape of heads. Needs numba.
+
+A task is one key/value head of one sequence: its query heads are computed together, so that keys
+and values are read once. The pages are walked with a running maximum (the online softmax of
+FlashAttention, arXiv:2205.14135), everything in float32. A page holds its keys as
+[head_dim, page_size], so that a vector runs across tokens, and its values as [page_size, head_dim],
+so that one runs across dimensions; while a page is computed the next one is called into the cache.
+
+Numba has no vectors of its own: the inner part is written in LLVM's terms, whose vectors of any
+width become whatever the machine has. Functions are compiled once and kept beside this file, or in
+the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, cfunc, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+FLOAT, INT16, INT32, INT64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+BYTE_POINTER = ir.IntType(8).as_pointer()
+CACHE_LINE_BYTES = 64
+
+# Sums may be reordered, but what is not a number has to stay so: the sampler looks for it.
+REORDERED = ("reassoc", "contract", "nsz")
+
+EXP2_COEFFICIENTS = (1.5403530e-4, 1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1)
+"""Of the Taylor series of 2 ** x from x ** 6 down to x ** 2: under 1e-7 off within half of 0."""
+
+HIDDEN = -3e38
+"""The score of a position that is not seen, and of the maximum before the first page."""
+
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
+STORAGE = {"torch.float32": FLOAT32, "torch.bfloat16": BFLOAT16, "torch.float16": FLOAT16}
+"""What keys and values are stored as, by the name of torch's type."""
+
+ELEMENT_BYTES = {FLOAT32: 4, BFLOAT16: 2, FLOAT16: 2}
+
+
+class Arguments(ctypes.Structure):
+    """What both kernels are called with; addresses of contiguous tensors, and sizes.
+
+    queries, output  float32 [tokens, heads, head_dim]; queries are scaled already
+    keys             [pages, kv_heads, head_dim, page_size]
+    values           [pages, kv_heads, page_size, head_dim]
+    bounds           int32 [sequences + 1]: the tokens of each sequence
+    lengths          int32 [sequences]: its positions, those tokens being the last of them
+    block_table      int32 [sequences, table_width]
+    new_keys, new_values  [tokens, kv_heads, head_dim], to be written to slots (int64 [tokens])
+    """
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            "next_task",
+            "num_tasks",
+            "num_kv_heads",
+            "keys",
+            "values",
+            "queries",
+            "output",
+            "bounds",
+            "lengths",
+            "block_table",
+            "table_width",
+            "max_queries",
+            "new_keys",
+            "new_values",
+            "slots",
+        )
+    ]
+
+
+def _vector(element: Any, width: int) -> Any:
+    return ir.VectorType(element, width)
+
+
+def _constant(value: float, width: int) -> Any:
+    return ir.Constant(_vector(FLOAT, width), [value] * width)
+
+
+def _integers(value: int, width: int) -> Any:
+    return ir.Constant(_vector(INT32, width), [value] * width)
+
+
+def _splat(builder: Any, scalar: Any, width: int) -> Any:
+    """The same number in every place of a vector."""
+    anything = ir.Constant(_vector(scalar.type, width), ir.Undefined)
+    first = builder.insert_element(anything, scalar, INT32(0))
+    return builder.shuffle_vector(first, anything, _integers(0, width))
+
+
+def _times_plus(builder: Any, left: Any, right: Any, sum_so_far: Any) -> Any:
+    product = builder.fmul(left, right, flags=REORDERED)
+    return builder.fadd(product, sum_so_far, flags=REORDERED)
+
+
+def _float_pointer(builder: Any, address: Any, index: Any) -> Any:
+    return builder.gep(builder.inttoptr(address, FLOAT.as_pointer()), [index])
+
+
+def _load_row(builder: Any, address: Any, row: Any, width: int, storage: int) -> Any:
+    """Row `row` of a table of rows of `width` stored numbers, as float32."""
+    size = INT64(width * ELEMENT_BYTES[storage])
+    place = builder.inttoptr(builder.add(address, builder.mul(row, size)), BYTE_POINTER)
+    if storage == FLOAT32:
+        return builder.load(builder.bitcast(place, _vector(FLOAT, width).as_pointer()), align=4)
+    if storage == FLOAT16:
+        halves = _vector(ir.HalfType(), width)
+        return builder.fpext(
+            builder.load(builder.bitcast(place, halves.as_pointer()), align=2),
+            _vector(FLOAT, width),
+        )
+    # bfloat16 is the upper half of a float32
+    bits = builder.load(builder.bitcast(place, _vector(INT16, width).as_pointer()), align=2)
+    wide = builder.shl(builder.zext(bits, _vector(INT32, width)), _integers(16, width))
+    return builder.bitcast(wide, _vector(FLOAT, width))
+
+
+def _prefetch_row(builder: Any, address: Any, row: Any, num_bytes: int) -> None:
+    arguments = [BYTE_POINTER, INT32, INT32, INT32]
+    prefetch = builder.module.declare_intrinsic(
+        "llvm.prefetch", [BYTE_POINTER], ir.FunctionType(ir.VoidType(), arguments)
+    )
+    start = builder.add(address, builder.mul(row, INT64(num_bytes)))
+    for offset in range(0, num_bytes, CACHE_LINE_BYTES):
+        line = builder.inttoptr(builder.add(start, INT64(offset)), BYTE_POINTER)
+        builder.call(prefetch, [line, INT32(0), INT32(2), INT32(1)])  # read, level 2, data
+
+
+def _exp(builder: Any, exponents: Any, width: int) -> Any:
+    """e to the power of numbers <= 0, about 1e-7 off; what is not a number stays so."""
+    powers = builder.fmul(exponents, _constant(math.log2(math.e), width))
+    least = _constant(-125.0, width)
+    powers = builder.select(builder.fcmp_ordered("<", powers, least), least, powers)
+    # Added to this, a number is rounded to an integer, which its lowest bits then hold.
+    rounder = _constant(1.5 * 2.0**23, width)
+    rounded = builder.fadd(powers, rounder)
+    rest = builder.fsub(powers, builder.fsub(rounded, rounder))
+    series = _constant(EXP2_COEFFICIENTS[0], width)
+    for coefficient in (*EXP2_COEFFICIENTS[1:], math.log(2), 1.0):
+        series = _times_plus(builder, series, rest, _constant(coefficient, width))
+    bits = builder.shl(builder.bitcast(rounded, _vector(INT32, width)), _integers(23, width))
+    scale = builder.bitcast(builder.add(bits, _integers(127 << 23, width)), _vector(FLOAT, width))
+    return builder.fmul(series, scale)
+
+
+def _reduce(builder: Any, operation: str, values: Any, width: int, *start: Any) -> Any:
+    kinds = [*(each.type for each in start), values.type]
+    reduce = builder.module.declare_intrinsic(
+        f"llvm.vector.reduce.{operation}.v{width}f32", (), ir.FunctionType(FLOAT, kinds)
+    )
+    return builder.call(reduce, [*start, values], fastmath=REORDERED)
+
+
+@intrinsic(prefer_literal=True)
+def _fetch_add(typing_context: Any, address: Any) -> Any:
+    """One more at an address that all threads share; what was there before."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = builder.inttoptr(arguments[0], INT64.as_pointer())
+        return builder.atomic_rmw("add", place, INT64(1), "monotonic")
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def _pointer(typing_context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], BYTE_POINTER)
+
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic(prefer_literal=True)
+def _attend_page(
+    typing_context: Any,
+    queries: Any,
+    keys: Any,
+    values: Any,
+    next_keys: Any,
+    next_values: Any,
+    num_visible: Any,
+    output: Any,
+    state: Any,
+    group: Any,
+    head_dim: Any,
+    page_size: Any,
+    storage: Any,
+) -> Any:
+    """One page for one group of query heads.
+
+    `output` float32 [group, head_dim] holds the values weighted so far, `state` float32 [2, group]
+    the largest score and the sum of the weights. All but the last four are addresses and a count.
+    """
+    num_heads, dim = group.literal_value, head_dim.literal_value
+    size, kind = page_size.literal_value, storage.literal_value
+
+    def scores_of(builder: Any, query_address: Any, key_address: Any, next_address: Any) -> Any:
+        sums = [cgutils.alloca_once_value(builder, _constant(0.0, size)) for _ in range(num_heads)]
+        for place in sums:
+            builder.store(_constant(0.0, size), place)
+        with cgutils.for_range(builder, INT64(dim)) as loop:
+            row = _load_row(builder, key_address, loop.index, size, kind)
+            _prefetch_row(builder, next_address, loop.index, size * ELEMENT_BYTES[kind])
+            for head, place in enumerate(sums):
+                index = builder.add(loop.index, INT64(head * dim))
+                query = builder.load(_float_pointer(builder, query_address, index))
+                broadcast = _splat(builder, query, size)
+                builder.store(_times_plus(builder, broadcast, row, builder.load(place)), place)
+        return [builder.load(place) for place in sums]
+
+    def weigh(builder: Any, scores: Any, visible: Any, state_address: Any, head: int) -> Any:
+        """The weights of a page's positions, and what all weights before shrink by."""
+        largest_place = _float_pointer(builder, state_address, INT64(head))
+        sum_place = _float_pointer(builder, state_address, INT64(num_heads + head))
+        scores = builder.select(visible, scores, _constant(HIDDEN, size))
+        before, here = builder.load(largest_place), _reduce(builder, "fmax", scores, size)
+        largest = builder.select(builder.fcmp_ordered(">", before, here), before, here)
+        shift = builder.fsub(scores, _splat(builder, largest, size))
+        weights = _exp(builder, shift, size)
+        # A vector for one number, because the sum must shrink by just what the weights shrink by.
+        shrink = _exp(builder, _splat(builder, builder.fsub(before, largest), 4), 4)
+        shrink = builder.extract_element(shrink, INT32(0))
+        total = _reduce(builder, "fadd", weights, size, FLOAT(0.0))
+        builder.store(_times_plus(builder, builder.load(sum_place), shrink, total), sum_place)
+        builder.store(largest, largest_place)
+        return weights, shrink
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        query_address, key_address, value_address, next_k, next_v, count, out, state_at = arguments[
+            :8
+        ]
+        lanes = ir.Constant(_vector(INT32, size), list(range(size)))
+        last = _splat(builder, builder.trunc(count, INT32), size)
+        visible = builder.icmp_signed("<", lanes, last)
+        weights, sums, targets = [], [], []
+        for head, scores in enumerate(scores_of(builder, query_address, key_address, next_k)):
+            weight, shrink = weigh(builder, scores, visible, state_at, head)
+            place = cgutils.alloca_once(builder, _vector(FLOAT, size))
+            builder.store(weight, place)
+            weights.append(builder.bitcast(place, FLOAT.as_pointer()))
+            target = _float_pointer(builder, out, INT64(head * dim))
+            target = builder.bitcast(target, _vector(FLOAT, dim).as_pointer())
+            total = cgutils.alloca_once(builder, _vector(FLOAT, dim))
+            shrunk = builder.fmul(builder.load(target, align=4), _splat(builder, shrink, dim))
+            builder.store(shrunk, total)
+            sums.append(total)
+            targets.append(target)
+        with cgutils.for_range(builder, count) as loop:
+            row = _load_row(builder, value_address, loop.index, dim, kind)
+            _prefetch_row(builder, next_v, loop.index, dim * ELEMENT_BYTES[kind])
+            for weight, total in zip(weights, sums, strict=True):
+                scalar = builder.load(builder.gep(weight, [loop.index]))
+                broadcast = _splat(builder, scalar, dim)
+                builder.store(_times_plus(builder, broadcast, row, builder.load(total)), total)
+        for total, target in zip(sums, targets, strict=True):
+            builder.store(builder.load(total), target, align=4)
+        return context.get_dummy_value()
+
+    literals = [types.literal(each) for each in (num_heads, dim, size, kind)]
+    return types.void(*[types.int64] * 8, *literals), generate
+
+
+def compile_attend(*, group: int, head_dim: int, page_size: int, storage: int) -> Any:
+    """The function that takes the address of `Arguments` and fills `output`.
+
+    Any number of threads may call it at the same time with the same arguments, whose `next_task`
+    is 0 before: they share its tasks. It skips sequences of more than `max_queries` tokens.
+    """
+    hidden = np.float32(HIDDEN)
+    one = np.float32(1.0)
+    page_bytes = head_dim * page_size * ELEMENT_BYTES[storage]
+
+    def attend(address: Any) -> None:
+        call = carray(address, (15,), np.int64)
+        num_tasks, num_kv_heads = call[1], call[2]
+        keys, values, queries, output = call[3], call[4], call[5], call[6]
+        table_width, max_queries = call[10], call[11]
+        num_sequences = num_tasks // num_kv_heads
+        bounds = carray(_pointer(call[7]), (num_sequences + 1,), np.int32)
+        lengths = carray(_pointer(call[8]), (num_sequences,), np.int32)
+        table = carray(_pointer(call[9]), (num_sequences, table_width), np.int32)
+        state = np.empty(2 * group, np.float32)
+        while True:
+            task = _fetch_add(call.ctypes.data)
+            if task >= num_tasks:
+                break
+            sequence = task // num_kv_heads
+            kv_head = task % num_kv_heads
+            first, stop = bounds[sequence], bounds[sequence + 1]
+            if stop - first > max_queries:
+                continue
+            for token in range(first, stop):
+                num_visible = np.int64(lengths[sequence] - (stop - 1 - token))
+                start = ((token * num_kv_heads + kv_head) * group) * head_dim * 4
+                result = carray(_pointer(output + start), (group, head_dim), np.float32)
+                for head in range(group):
+                    state[head] = hidden
+                    state[group + head] = 0
+                    for dimension in range(head_dim):
+                        result[head, dimension] = 0
+                num_pages = (num_visible + page_size - 1) // page_size
+                for page in range(num_pages):
+                    following = min(page + 1, num_pages - 1)
+                    here = (np.int64(table[sequence, page]) * num_kv_heads + kv_head) * page_bytes
+                    after = (
+                        np.int64(table[sequence, following]) * num_kv_heads + kv_head
+                    ) * page_bytes
+                    _attend_page(
+                        queries + start,
+                        keys + here,
+                        values + here,
+                        keys + after,
+                        values + after,
+                        min(np.int64(page_size), num_visible - page * page_size),
+                        output + start,
+                        np.int64(state.ctypes.data),
+                        group,
+                        head_dim,
+                        page_size,
+                        storage,
+                    )
+                for head in range(group):
+                    share = one / state[group + head]
+                    for dimension in range(head_dim):
+                        result[head, dimension] *= share
+
+    return _compiled(attend)
+
+
+def compile_write(*, head_dim: int, page_size: int, storage: int) -> Any:
+    """The function that takes the address of `Arguments` and writes `new_keys` and `new_values`.
+
+    To be called as `attend` is; a task is a token.
+    """
+    element_bytes = ELEMENT_BYTES[storage]
+    page_bytes = head_dim * page_size * element_bytes
+    element = np.float32 if storage == FLOAT32 else np.uint16
+
+    def write(address: Any) -> None:
+        call = carray(address, (15,), np.int64)
+        num_tokens, num_kv_heads = call[1], call[2]
+        row = (num_kv_heads, head_dim)
+        slots = carray(_pointer(call[14]), (num_tokens,), np.int64)
+        while True:
+            token = _fetch_add(call.ctypes.data)
+            if token >= num_tokens:
+                break
+            page = slots[token] // page_size
+            offset = slots[token] % page_size
+            start = page * num_kv_heads * page_bytes
+            new_start = token * num_kv_heads * head_dim * element_bytes
+            new_keys = carray(_pointer(call[12] + new_start), row, element)
+            new_values = carray(_pointer(call[13] + new_start), row, element)
+            keys = carray(_pointer(call[3] + start), (num_kv_heads, head_dim, page_size), element)
+            values = carray(_pointer(call[4] + start), (num_kv_heads, page_size, head_dim), element)
+            for head in range(num_kv_heads):
+                for dimension in range(head_dim):
+                    keys[head, dimension, offset] = new_keys[head, dimension]
+                    values[head, offset, dimension] = new_values[head, dimension]
+
+    return _compiled(write)
+
+
+def _compiled(function: Callable[[Any], None]) -> Any:
+    signature = types.void(types.voidptr)
+    try:
+        return cfunc(signature, cache=True)(function)
+    except RuntimeError:  # nowhere to keep it: neither folder can be written to
+        return cfunc(signature)(function)
