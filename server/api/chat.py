@@ -52,8 +52,14 @@ async def chat_completions(request: Request) -> Response:
             state.preparer.tokenizer,
             stop=prepared.stop,
             min_tokens=prepared.request.sampling.min_tokens,
+            num_choices=prepared.request.num_choices,
         )
-        return Answer(prepared.usage, counted(deltas, state.metrics))
+        return Answer(
+            prepared.usage,
+            counted(deltas, state.metrics),
+            num_choices=prepared.request.num_choices,
+            has_logprobs=bool(wire.logprobs),
+        )
 
     if wire.stream:
         frames = sse_frames(begin, envelope, include_usage=wire.include_usage)
