@@ -93,9 +93,17 @@ class TextPreparer:
             max_tokens=request.max_tokens or 1000,
             temperature=1.0 if request.temperature is None else request.temperature,
             stop_token_ids=() if request.ignore_eos else (END,),
+            num_logprobs=request.num_logprobs,
         )
         return Prepared(
-            request=GenerationRequest(request_id, tenant, ids, sampling, priority=request.priority),
+            request=GenerationRequest(
+                request_id,
+                tenant,
+                ids,
+                sampling,
+                num_choices=request.num_choices,
+                priority=request.priority,
+            ),
             tiles=(),
             stop=request.stop,
             usage=PromptUsage(text_tokens=len(ids), image_tokens=0, video_tokens=0),

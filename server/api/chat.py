@@ -46,14 +46,21 @@ async def chat_completions(request: Request) -> Response:
         prepared = await state.preparer.prepare(
             wire.to_chat_request(), request_id=envelope.id, tenant=request.state.tenant
         )
+        num_choices = prepared.request.num_choices
         stream = await state.engine.submit(prepared.request, prepared.tiles)
         deltas = detokenize(
             stream,
             state.preparer.tokenizer,
             stop=prepared.stop,
             min_tokens=prepared.request.sampling.min_tokens,
+            num_choices=num_choices,
         )
-        return Answer(prepared.usage, counted(deltas, state.metrics))
+        return Answer(
+            prepared.usage,
+            counted(deltas, state.metrics, num_choices=num_choices),
+            num_choices=num_choices,
+            has_logprobs=bool(wire.logprobs),
+        )
 
     if wire.stream:
         frames = sse_frames(begin, envelope, include_usage=wire.include_usage)

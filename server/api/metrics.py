@@ -161,14 +161,15 @@ def _read_work(engine: Engine) -> Iterator[Metric]:
 
 
 async def counted(
-    deltas: AsyncGenerator[Delta, None], metrics: Metrics
+    deltas: AsyncGenerator[Delta, None], metrics: Metrics, *, num_choices: int = 1
 ) -> AsyncGenerator[Delta, None]:
-    """The same deltas; how they ended is counted: as an abort where nobody waited for the end."""
-    reason = "abort"
+    """The same deltas; how each choice ended is counted: as an abort where nobody waited for it."""
+    num_running, reason = num_choices, "abort"
     try:
         async for delta in deltas:
             if delta.finish_reason is not None:
-                reason = delta.finish_reason
+                num_running -= 1
+                metrics.count_answer(delta.finish_reason)
             yield delta
     except ServerError as error:
         reason = error.code
@@ -178,4 +179,5 @@ async def counted(
         raise
     finally:
         await deltas.aclose()
-        metrics.count_answer(reason)
+        for _ in range(num_running):
+            metrics.count_answer(reason)

@@ -33,6 +33,8 @@ MAX_STOP_CHARS = 256
 MAX_STOP_IDS = 64
 MAX_BIASES = 1024
 MAX_USER_BYTES = 512
+MAX_CHOICES = 8
+MAX_TOP_LOGPROBS = 20
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,18}", re.ASCII)
 _INT32_MIN, _INT32_MAX = -(2**31), 2**31 - 1
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
@@ -42,11 +44,9 @@ UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
     "audio": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logprobs": (False,),
     "metadata": ({},),
     "modalities": (["text"],),
     "moderation": (),
-    "n": (1,),
     "parallel_tool_calls": (True, False),
     "prediction": (),
     "prompt_cache_key": ("",),
@@ -59,7 +59,6 @@ UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
     "store": (False,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": ("medium",),
     "web_search_options": (),
     # OpenAI, older or of other endpoints
@@ -198,6 +197,9 @@ class ChatCompletionRequest(BaseModel):
     seed: Annotated[Integer, Field(ge=_INT64_MIN, le=_INT64_MAX)] | None = None
     ignore_eos: Flag | None = None
     priority: Annotated[Integer, Field(ge=_INT32_MIN, le=_INT32_MAX)] | None = None
+    n: Annotated[Integer, Field(ge=1, le=MAX_CHOICES)] | None = None
+    logprobs: Flag | None = None
+    top_logprobs: Annotated[Integer, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
     user: Text | None = None
@@ -226,6 +228,8 @@ class ChatCompletionRequest(BaseModel):
             min_tokens=self.min_tokens or 0,
             ignore_eos=bool(self.ignore_eos),
             priority=self.priority or 0,
+            num_choices=self.n or 1,
+            num_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
 
 
@@ -274,6 +278,10 @@ def _check_together(request: ChatCompletionRequest) -> None:
                 f"The keys of logit_bias must be token ids; {quoted(key)} is none.",
                 param="logit_bias",
             )
+    if request.top_logprobs and not request.logprobs:
+        raise InvalidRequest(
+            "top_logprobs is allowed only when logprobs is true.", param="top_logprobs"
+        )
     if request.stream_options is not None:
         if not request.stream:
             raise InvalidRequest(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from server.api.json_body import error_json, to_json
 from server.api.middleware import ClientGone
 from server.chat.prepare import PromptUsage
-from server.chat.tokenizer import Delta
+from server.chat.tokenizer import Delta, TokenChance
 from server.core import FinishReason
 from server.errors import RequestTimeout, ServerError
 
@@ -31,6 +31,9 @@ Result = TypeVar("Result")
 FIRST_EVENT_WAIT_S = 10.0
 KEEP_ALIVE_S = 15.0
 SLOW_CLIENT_S = 30.0
+
+LEAST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON cannot say; OpenAI's number for it."""
 
 DONE: Final = b"data: [DONE]\n\n"
 _KEEP_ALIVE: Final = b": keep-alive\n\n"
@@ -48,27 +51,48 @@ class Envelope:
 
 
 class Answer:
-    """One answer while it is being made: its text as it comes, its token counts, how it ended."""
+    """One answer while it is being made: its choices as they come, its counts, how each ended."""
 
-    def __init__(self, prompt: PromptUsage, deltas: AsyncGenerator[Delta, None]) -> None:
+    def __init__(
+        self,
+        prompt: PromptUsage,
+        deltas: AsyncGenerator[Delta, None],
+        *,
+        num_choices: int = 1,
+        has_logprobs: bool = False,
+    ) -> None:
         self._prompt = prompt
         self._deltas = deltas
         self._completion_tokens = 0
         self._cached_tokens = 0
-        self.finish_reason: FinishReason | None = None
+        self.num_choices = num_choices
+        self.has_logprobs = has_logprobs
 
-    async def texts(self) -> AsyncGenerator[str, None]:
-        """The pieces of the text, none of them empty; afterwards `finish_reason` is set."""
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """All pieces of all choices. Raises a ServerError where one has not come to its end."""
+        num_running = self.num_choices
         async with contextlib.aclosing(self._deltas):
             async for delta in self._deltas:
                 self._completion_tokens += delta.num_tokens
                 self._cached_tokens += delta.num_cached_tokens
-                if delta.text:
-                    yield delta.text
-                self.finish_reason = delta.finish_reason
-        if self.finish_reason not in ("stop", "length"):
-            # Nobody but us aborts, so an answer cut off is our fault.
+                if delta.finish_reason is not None:
+                    num_running -= 1
+                    if delta.finish_reason not in ("stop", "length"):
+                        # Nobody but us aborts, so an answer cut off is our fault.
+                        raise ServerError()
+                yield delta
+        if num_running:
             raise ServerError()
+
+    def logprobs(self, chances: Iterable[TokenChance]) -> dict[str, object] | None:
+        """OpenAI's object; None where none were asked for."""
+        if not self.has_logprobs:
+            return None
+        content = [
+            _chance(chance) | {"top_logprobs": [_chance(each) for each in chance.top]}
+            for chance in chances
+        ]
+        return {"content": content, "refusal": None}
 
     def usage(self) -> dict[str, object]:
         return {
@@ -84,6 +108,14 @@ class Answer:
         }
 
 
+def _chance(chance: TokenChance) -> dict[str, object]:
+    return {
+        "token": chance.text,
+        "logprob": max(chance.logprob, LEAST_LOGPROB),
+        "bytes": list(chance.text_bytes),
+    }
+
+
 Begin = Callable[[], Awaitable[Answer]]
 """Prepares and admits the request, or raises a ServerError."""
 
@@ -91,8 +123,10 @@ Begin = Callable[[], Awaitable[Answer]]
 async def collect(begin: Begin, envelope: Envelope) -> dict[str, object]:
     """The whole answer as one chat completion."""
     answer = await begin()
-    async with contextlib.aclosing(answer.texts()) as texts:
-        content = "".join([text async for text in texts])
+    choices: list[list[Delta]] = [[] for _ in range(answer.num_choices)]
+    async with contextlib.aclosing(answer.deltas()) as deltas:
+        async for delta in deltas:
+            choices[delta.choice].append(delta)
     return {
         "id": envelope.id,
         "object": "chat.completion",
@@ -100,11 +134,16 @@ async def collect(begin: Begin, envelope: Envelope) -> dict[str, object]:
         "model": envelope.model,
         "choices": [
             {
-                "index": 0,
-                "message": {"role": "assistant", "content": content, "refusal": None},
-                "logprobs": None,
-                "finish_reason": answer.finish_reason,
+                "index": index,
+                "message": {
+                    "role": "assistant",
+                    "content": "".join(delta.text for delta in pieces),
+                    "refusal": None,
+                },
+                "logprobs": answer.logprobs(chance for delta in pieces for chance in delta.chances),
+                "finish_reason": pieces[-1].finish_reason,
             }
+            for index, pieces in enumerate(choices)
         ],
         "usage": answer.usage(),
     }
@@ -113,15 +152,20 @@ async def collect(begin: Begin, envelope: Envelope) -> dict[str, object]:
 async def sse_frames(
     begin: Begin, envelope: Envelope, *, include_usage: bool
 ) -> AsyncGenerator[bytes, None]:
-    """The answer as chat completion chunks, `[DONE]` included; the first one gives the role."""
+    """The answer as chat completion chunks, `[DONE]` included; a choice's first gives its role."""
     answer = await begin()
-    role: dict[str, str] | None = {"role": "assistant", "content": ""}
+    silent = set(range(answer.num_choices))  # the choices that have sent nothing yet
 
-    def chunk(delta: dict[str, str], finish_reason: FinishReason | None = None) -> bytes:
+    def chunk(
+        index: int,
+        content: dict[str, str],
+        logprobs: dict[str, object] | None = None,
+        finish_reason: FinishReason | None = None,
+    ) -> bytes:
         choice = {
-            "index": 0,
-            "delta": delta,
-            "logprobs": None,
+            "index": index,
+            "delta": content,
+            "logprobs": logprobs,
             "finish_reason": finish_reason,
         }
         return frame([choice], usage=None)
@@ -138,15 +182,17 @@ async def sse_frames(
             content["usage"] = usage
         return data_frame(to_json(content))
 
-    async with contextlib.aclosing(answer.texts()) as texts:
-        async for text in texts:
-            if role is not None:
-                yield chunk(role)
-                role = None
-            yield chunk({"content": text})
-    if role is not None:
-        yield chunk(role)
-    yield chunk({}, answer.finish_reason)
+    async with contextlib.aclosing(answer.deltas()) as deltas:
+        async for delta in deltas:
+            if delta.choice in silent:
+                silent.discard(delta.choice)
+                yield chunk(delta.choice, {"role": "assistant", "content": ""})
+            logprobs = answer.logprobs(delta.chances) if delta.chances else None
+            if delta.text:
+                yield chunk(delta.choice, {"content": delta.text}, logprobs)
+                logprobs = None
+            if delta.finish_reason is not None:
+                yield chunk(delta.choice, {}, logprobs, delta.finish_reason)
     if include_usage:
         yield frame([], usage=answer.usage())
     yield DONE

@@ -84,6 +84,8 @@ class ChatRequest:
     stop_token_ids: tuple[int, ...] = ()
     min_tokens: int = 0
     ignore_eos: bool = False
+    num_choices: int = 1
+    num_logprobs: int | None = None
     priority: int = 0
 
 
@@ -164,6 +166,7 @@ class Preparer:
                 sampling=self._sampling(request, max_tokens=max_tokens),
                 vision=tuple(medium.vision for medium in ordered),
                 vision_starts=starts,
+                num_choices=request.num_choices,
                 priority=request.priority,
             ),
             tiles=tuple(medium.tiles for medium in ordered),
@@ -290,6 +293,7 @@ class Preparer:
             min_tokens=request.min_tokens,
             seed=request.seed,
             stop_token_ids=tuple(dict.fromkeys(ends)),
+            num_logprobs=request.num_logprobs,
         )
 
 

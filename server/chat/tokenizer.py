@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 
 import tokenizers
 
-from server.core import FinishReason, TokenEvent
+from server.core import FinishReason, TokenEvent, TokenLogprobs
 from server.errors import ANSWER_ERRORS, CheckpointError, ServerError
 
 # Bytes that no UTF-8 text contains, so that a vocabulary may do without them.
@@ -24,24 +25,38 @@ BYTES_OUTSIDE_UTF8 = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})
 
 
 @dataclass(frozen=True, slots=True)
-class Delta:
-    """The next piece of an answer. The last one, and only it, has a finish reason.
+class TokenChance:
+    """A token as it is shown: its text, its bytes, its log-probability, and the likeliest there."""
 
-    `num_tokens` counts the tokens generated since the delta before, ends included, so that the sum
-    over all deltas is the usage; `num_cached_tokens` likewise, of the prompt's that were not
-    computed again.
+    text: str
+    text_bytes: bytes
+    logprob: float
+    top: tuple[TokenChance, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """The next piece of one choice. The last one of a choice, and only it, has a finish reason.
+
+    `num_tokens` counts the tokens generated since the choice's delta before, ends included, so that
+    the sum over all deltas is the usage; `num_cached_tokens` likewise, of the prompt's that were
+    not computed again. `chances` are of the tokens whose text is complete with this piece.
     """
 
     text: str
     finish_reason: FinishReason | None
     num_tokens: int
     num_cached_tokens: int = 0
+    choice: int = 0
+    chances: tuple[TokenChance, ...] = ()
 
 
 class TokenStream(Protocol):
-    """The events of one answer; closing it before the last one aborts the request."""
+    """The events of all choices; closing it, or one of them, before its last one aborts that."""
 
     def __aiter__(self) -> AsyncIterator[TokenEvent]: ...
+
+    def close_choice(self, choice: int) -> None: ...
 
     def close(self) -> None: ...
 
@@ -111,6 +126,17 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The text bytes of a token: none for special tokens and for ids without a token."""
         return self._token_bytes.get(token_id, b"")
+
+    def chance_of(self, logprobs: TokenLogprobs) -> TokenChance:
+        """Log-probabilities of ids as they are shown; a special token by its name."""
+        top = (self._chance(token_id, logprob) for token_id, logprob in logprobs.top)
+        return self._chance(logprobs.token_id, logprobs.logprob, tuple(top))
+
+    def _chance(
+        self, token_id: int, logprob: float, top: tuple[TokenChance, ...] = ()
+    ) -> TokenChance:
+        text_bytes = self.token_bytes(token_id) or (self.token_of(token_id) or "").encode()
+        return TokenChance(text_bytes.decode("utf-8", errors="replace"), text_bytes, logprob, top)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The whole text at once, without special tokens."""
@@ -190,12 +216,20 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
         self.is_stopped = False
+        self.num_decoded = 0
+        """The characters of all tokens so far, shown or not."""
+
+    @property
+    def is_inside_character(self) -> bool:
+        """Whether the last token ended before its last character did."""
+        return bool(self._decoder.getstate()[0])
 
     def push(self, token_id: int, *, may_stop: bool = True) -> str:
         """Take one token; the text that is now certain. One that may not stop is text at once."""
         if self.is_stopped:
             return ""
         new = self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        self.num_decoded += len(new)
         if not self._stop or not may_stop:
             return self.finish() + new
         text = self._held + new
@@ -224,39 +258,101 @@ class Detokenizer:
         return longest
 
 
-async def detokenize(
-    stream: TokenStream, tokenizer: Tokenizer, *, stop: Sequence[str] = (), min_tokens: int = 0
-) -> AsyncGenerator[Delta, None]:
-    """The answer's text as it becomes certain; the whole answer is the sum of these deltas.
+class _Choice:
+    """One answer on its way to text: what is held back, and what is counted until the next delta.
 
-    A stop string closes the stream, which aborts the request; one within the first `min_tokens` is
-    text. An error event is raised as the
-    `ServerError` of its code.
+    Lengths are in characters of the answer's text. A token whose last character is incomplete ends
+    with that character.
     """
-    detokenizer = Detokenizer(tokenizer, stop)
-    num_generated = num_tokens = num_cached_tokens = 0
+
+    def __init__(self, number: int, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self._number = number
+        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer, stop)
+        self._num_tokens = 0
+        self._num_cached_tokens = 0
+        self._shown = 0
+        self._held_chances: deque[tuple[int, int, TokenChance]] = deque()  # start, end, chance
+        self.num_generated = 0
+
+    def take(self, event: TokenEvent, *, min_tokens: int) -> Delta | None:
+        """The delta that an event completes, if any; after the last one nothing may be taken."""
+        self._num_cached_tokens += event.num_cached_tokens
+        text = ""
+        if event.token_id is not None:
+            self._num_tokens += 1
+            self.num_generated += 1
+            # The token that ends an answer is no part of its text, even an ordinary one.
+            if event.finish_reason != "stop":
+                text = self._push(event, may_stop=self.num_generated > min_tokens)
+        if self._detokenizer.is_stopped:
+            return self._delta(text, "stop")
+        if event.finish_reason is not None:
+            return self._delta(text + self._detokenizer.finish(), event.finish_reason)
+        return self._delta(text, None) if text else None
+
+    def _push(self, event: TokenEvent, *, may_stop: bool) -> str:
+        assert event.token_id is not None
+        start = self._detokenizer.num_decoded
+        text = self._detokenizer.push(event.token_id, may_stop=may_stop)
+        if event.logprobs is not None:
+            end = self._detokenizer.num_decoded + int(self._detokenizer.is_inside_character)
+            self._held_chances.append((start, end, self._tokenizer.chance_of(event.logprobs)))
+        return text
+
+    def _delta(self, text: str, reason: FinishReason | None) -> Delta:
+        self._shown += len(text)
+        chances = []
+        while self._held_chances:
+            start, end, chance = self._held_chances[0]
+            # Of what a stop string cuts, the tokens that begin behind the cut are not shown.
+            is_shown = end <= self._shown if reason is None else self._is_kept(start)
+            if not is_shown:
+                break
+            self._held_chances.popleft()
+            chances.append(chance)
+        delta = Delta(
+            text,
+            reason,
+            self._num_tokens,
+            self._num_cached_tokens,
+            self._number,
+            tuple(chances),
+        )
+        self._num_tokens = self._num_cached_tokens = 0
+        return delta
+
+    def _is_kept(self, start: int) -> bool:
+        return not self._detokenizer.is_stopped or start < self._shown
+
+
+async def detokenize(
+    stream: TokenStream,
+    tokenizer: Tokenizer,
+    *,
+    stop: Sequence[str] = (),
+    min_tokens: int = 0,
+    num_choices: int = 1,
+) -> AsyncGenerator[Delta, None]:
+    """The choices' texts as they become certain; each whole answer is the sum of its deltas.
+
+    A stop string closes its choice, which aborts it; one within the first `min_tokens` is text. An
+    error event is raised as the `ServerError` of its code.
+    """
+    choices = {number: _Choice(number, tokenizer, stop) for number in range(num_choices)}
     try:
         async for event in stream:
-            num_cached_tokens += event.num_cached_tokens
             if event.finish_reason == "error":
                 raise ANSWER_ERRORS.get(event.error_code or "", ServerError)()
-            text = ""
-            if event.token_id is not None:
-                num_tokens += 1
-                num_generated += 1
-                # The token that ends an answer is no part of its text, even an ordinary one.
-                if event.finish_reason != "stop":
-                    text = detokenizer.push(event.token_id, may_stop=num_generated > min_tokens)
-            if detokenizer.is_stopped:
-                stream.close()  # now: nobody has to resume this generator after its last delta
-                yield Delta(text, "stop", num_tokens, num_cached_tokens)
+            delta = choices[event.choice].take(event, min_tokens=min_tokens)
+            if delta is None:
+                continue
+            if delta.finish_reason is not None:
+                del choices[event.choice]
+                # Now: nobody has to resume this generator after its last delta.
+                stream.close_choice(event.choice)
+            yield delta
+            if not choices:
                 return
-            if event.finish_reason is not None:
-                text += detokenizer.finish()
-                yield Delta(text, event.finish_reason, num_tokens, num_cached_tokens)
-                return
-            if text:
-                yield Delta(text, None, num_tokens, num_cached_tokens)
-                num_tokens = num_cached_tokens = 0
     finally:
         stream.close()

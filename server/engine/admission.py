@@ -31,9 +31,8 @@ class Admitted:
     """A request in the engine. `frames` is what would be sent again; empty after its first event.
 
     `running` are the choices that have not finished. It waits until the engine process says that
-    one of them joined the running set; `num_crashes` counts
-    the processes that ended while it was in there. One that a crash has met is held back while
-    another such is on its way.
+    one of them joined the running set; `num_crashes` counts the processes that ended while it was
+    in there. One that a crash has met is held back while another such is on its way.
     """
 
     request: GenerationRequest

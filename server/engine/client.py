@@ -277,9 +277,8 @@ class EngineClient:
             admitted.frames = []
             if event.finish_reason is not None:
                 admitted.running.discard(event.choice)
-            if event.finish_reason == "error" and admitted.running:
-                self._process.send([encode(Abort(event.request_id))])
-                admitted.running.clear()
+            if event.finish_reason == "error":
+                admitted.running.clear()  # the engine has ended them too
             if not admitted.running:
                 self._requests.leave(admitted)
             if admitted.num_crashes:

@@ -208,12 +208,17 @@ class Scheduler:
             if choice in (None, sequence.choice)
         ]
 
-    def fail(self, sequence: Sequence, *, error_code: str) -> TokenEvent:
-        """Ends what cannot be computed; what it made is of no use to others."""
-        self.pool.forget(sequence.block_table)
+    def fail(self, sequence: Sequence, *, error_code: str) -> list[TokenEvent]:
+        """Ends the request of what cannot be computed, whose other choices might fail as well.
+
+        What they made is of no use to others.
+        """
+        for choice in self._sequences[sequence.request_id].values():
+            self.pool.forget(choice.block_table)
         for medium in sequence.media:
             self.encoder_cache.forget(sequence.request.tenant, medium.vision)
-        return self._end(sequence, "error", error_code=error_code)
+        failed = self._end(sequence, "error", error_code=error_code)
+        return [failed, *self.abort(sequence.request_id)]
 
     def schedule(self) -> Batch | None:
         """The next step, or None when there is nothing to do."""
@@ -239,8 +244,10 @@ class Scheduler:
         events: list[TokenEvent] = []
         for span, output in zip(batch.spans, outputs, strict=True):
             sequence = span.sequence
+            if sequence.status == "finished":
+                continue  # another choice of its request failed a moment ago
             if output.error_code is not None:
-                events.append(self.fail(sequence, error_code=output.error_code))
+                events += self.fail(sequence, error_code=output.error_code)
                 continue
             sequence.prompt_logprobs += output.prompt_logprobs
             self._mark_computed(sequence, span.stop)

@@ -110,7 +110,11 @@ class Worker:
             if self._last_step_failed:
                 raise
             _log.exception("A step failed; running it again, one sequence at a time.")
-            succeeded = [self._alone(sequence, part) for sequence, part in batch.alone()]
+            succeeded = [
+                self._alone(sequence, part)
+                for sequence, part in batch.alone()
+                if sequence.status == "running"  # else another choice of its request has failed
+            ]
             self._last_step_failed = not any(succeeded)
             self._meter.end_step()
             return
@@ -127,7 +131,7 @@ class Worker:
             raise
         except Exception:
             _log.exception("A request failed alone.")
-            self._emit([self._scheduler.fail(sequence, error_code="internal_error")])
+            self._emit(self._scheduler.fail(sequence, error_code="internal_error"))
             return False
         self._emit(self._scheduler.commit(batch, outputs))
         return True

@@ -200,6 +200,22 @@ def test_an_answer_whose_client_leaves_or_whose_time_is_up_is_an_abort(
     until(lambda: finished(server) == {"abort": 2})
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_each_choice_is_counted_by_how_it_ended(serve: Serve, stream: bool) -> None:
+    """One by its end, one by its limit, and one that nobody waits for."""
+
+    def tokens(request: object, choice: int) -> list[int]:
+        return [[97, END], [97, 98, 99, 100], [97, 98, 99, 100]][choice]
+
+    engine = FakeEngine(tokens, gate=asyncio.Semaphore(10))
+    server = serve(engine=engine, http=HttpConfig(request_timeout_s=0.3))
+    for num_choices in (2, 3):
+        body = chat(stream=stream, n=num_choices, max_tokens=4)
+        server.http.post(URL, json=body)
+    # Six events of the first request; of the second four, which are the end of one choice.
+    assert finished(server) == {"stop": 2, "length": 1, "abort": 2}
+
+
 def test_a_fault_of_ours_in_an_answer_is_counted_as_one(serve: Serve) -> None:
     class Broken:
         def __aiter__(self) -> Broken:

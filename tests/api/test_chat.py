@@ -133,6 +133,102 @@ def test_a_stop_string_ends_the_answer_and_the_request(serve: Serve) -> None:
     assert body["usage"]["completion_tokens"] == len("one, t")
 
 
+def words(request: object, choice: int) -> list[int]:
+    """Choices of other lengths, so that they do not end together."""
+    return [*("ab한", "c", "한글")[choice].encode(), END]
+
+
+def test_choices_are_answered_side_by_side(serve: Serve) -> None:
+    server = serve(engine=FakeEngine(words))
+    whole = server.http.post(URL, json=chat("hi", n=3)).json()
+    assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2]
+    assert [c["message"]["content"] for c in whole["choices"]] == ["ab한", "c", "한글"]
+    assert {choice["finish_reason"] for choice in whole["choices"]} == {"stop"}
+    usage = whole["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (2, 6 + 2 + 7)
+    ((request, _),) = server.engine.submitted
+    assert request.num_choices == 3
+
+
+def test_choices_are_streamed_in_turn_each_with_its_own_index(serve: Serve) -> None:
+    server = serve(engine=FakeEngine(words))
+    options = {"include_usage": True}
+    body = chat("hi", n=3, stream=True, stream_options=options)
+    *events, last = events_of(server.http.post(URL, json=body))
+    assert all(len(event["choices"]) == 1 for event in events)
+    pieces = [event["choices"][0] for event in events]
+    assert pieces[0]["index"] != pieces[2]["index"]  # nobody waits for the end of another
+    for index, text in enumerate(("ab한", "c", "한글")):
+        own = [piece for piece in pieces if piece["index"] == index]
+        assert own[0]["delta"] == {"role": "assistant", "content": ""}
+        assert "".join(piece["delta"].get("content", "") for piece in own) == text
+        assert [p["finish_reason"] for p in own] == [None] * (len(own) - 1) + ["stop"]
+        assert sum("role" in piece["delta"] for piece in own) == 1
+    assert last["usage"]["completion_tokens"] == 6 + 2 + 7
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_stop_string_ends_one_choice_and_not_the_others(serve: Serve, stream: bool) -> None:
+    engine = FakeEngine(words)
+    server = serve(engine=engine)
+    response = server.http.post(URL, json=chat(n=3, stop="b", stream=stream))
+    if stream:
+        pieces = [event["choices"][0] for event in events_of(response)]
+        texts = [
+            "".join(p["delta"].get("content", "") for p in pieces if p["index"] == index)
+            for index in range(3)
+        ]
+    else:
+        texts = [choice["message"]["content"] for choice in response.json()["choices"]]
+    assert texts == ["a", "c", "한글"]
+    assert (engine.aborted_choices, engine.aborted) == ([0], [])
+
+
+def test_an_error_of_one_choice_is_the_error_of_the_answer(serve: Serve) -> None:
+    server = serve(engine=FakeEngine(list(b"ab"), error_code="internal_error"))
+    assert_error(server.http.post(URL, json=chat(n=2)), 500, "internal_error")
+    *events, last = events_of(server.http.post(URL, json=chat(n=2, stream=True)))
+    assert {event["choices"][0]["finish_reason"] for event in events} == {None}
+    assert last["error"]["code"] == "internal_error"
+
+
+def test_nothing_is_sent_for_a_choice_before_its_first_token(serve: Serve) -> None:
+    gate = asyncio.Semaphore(1)
+    server = serve(engine=FakeEngine(words, gate=gate), http=HttpConfig(request_timeout_s=0.3))
+    *events, last = events_of(server.http.post(URL, json=chat(n=3, stream=True)))
+    assert [event["choices"][0]["index"] for event in events] == [0, 0]
+    assert last["error"]["code"] == "request_timeout"
+
+
+def entry(byte: int, logprob: float) -> dict[str, Any]:
+    return {"token": chr(byte), "logprob": logprob, "bytes": [byte]}
+
+
+@pytest.mark.parametrize("num_top", [None, 0, 2])
+def test_logprobs_are_told_when_asked_for(server: Server, num_top: int | None) -> None:
+    fields = {"logprobs": True} | ({} if num_top is None else {"top_logprobs": num_top})
+    whole = server.http.post(URL, json=chat(**fields)).json()["choices"][0]["logprobs"]
+    assert whole == {
+        "content": [
+            entry(byte, -byte / 100)
+            | {"top_logprobs": [entry(byte - n, -0.5 * n - 0.5) for n in range(num_top or 0)]}
+            for byte in b"hello"
+        ],
+        "refusal": None,
+    }
+    events = events_of(server.http.post(URL, json=chat(stream=True, **fields)))
+    told = [event["choices"][0]["logprobs"] for event in events]
+    assert told[0] is told[-1] is None
+    assert [piece["content"] for piece in told[1:-1]] == [[each] for each in whole["content"]]
+    assert all(piece["refusal"] is None for piece in told[1:-1])
+
+
+def test_logprobs_of_an_empty_answer_are_an_empty_list(serve: Serve) -> None:
+    server = serve(engine=FakeEngine([END]))
+    body = server.http.post(URL, json=chat(logprobs=True)).json()
+    assert body["choices"][0]["logprobs"] == {"content": [], "refusal": None}
+
+
 def test_an_answer_cut_by_its_limit_says_so(server: Server) -> None:
     for field in ("max_tokens", "max_completion_tokens"):
         body = server.http.post(URL, json=chat(**{field: 3})).json()

@@ -33,13 +33,6 @@ def test_a_field_not_honoured_is_refused_by_name_unless_it_asks_for_nothing(name
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n", True),
-        ("n", 2),
-        ("n", 0),
-        ("n", "1"),
-        ("logprobs", 0),
-        ("logprobs", True),
-        ("top_logprobs", False),
         ("store", True),
         ("modalities", ["text", "audio"]),
         ("modalities", []),
@@ -58,9 +51,7 @@ def test_values_that_ask_for_something(name: str, value: object) -> None:
     assert refusal(**{name: value}) == ("unsupported_parameter", name)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("n", 1.0), ("length_penalty", 1.0), ("min_new_tokens", -0.0)]
-)
+@pytest.mark.parametrize(("name", "value"), [("length_penalty", 1.0), ("min_new_tokens", -0.0)])
 def test_neutral_numbers_may_be_written_as_floats(name: str, value: float) -> None:
     parse(**{name: value})
 
@@ -97,6 +88,9 @@ WRONG_TYPES: dict[str, list[object]] = {
     "stop_token_ids": [True, 5, {}],
     "min_tokens": [True, "1", 1.5],
     "ignore_eos": [0, 1, "true", []],
+    "n": [True, "1", 1.5, [1]],
+    "logprobs": [0, 1, 5, "true"],
+    "top_logprobs": [True, False, "5", 1.5],
     "priority": [True, "1", 0.5, [1]],
     "stream": [0, 1, "true", []],
     "stream_options": [True, "usage", []],
@@ -122,6 +116,8 @@ OUT_OF_RANGE: dict[str, list[object]] = {
     "presence_penalty": [-2.1, 2.1, 1e308],
     "frequency_penalty": [-2.1, 2.1],
     "min_tokens": [-1, 1e300],
+    "n": [0, -1, 9, 2**63],
+    "top_logprobs": [-1, 21],
     "priority": [-(2**31) - 1, 2**31, 2**63, -1e300],
 }
 
@@ -182,6 +178,23 @@ def test_required_fields(name: str) -> None:
 )
 def test_stop_strings(stop: object, code: str, param: str) -> None:
     assert refusal(stop=stop) == (code, param)
+
+
+def test_choices_and_logprobs_reach_the_conversation() -> None:
+    for fields, num_choices, num_logprobs in (
+        ({}, 1, None),
+        ({"n": None, "logprobs": None, "top_logprobs": None}, 1, None),
+        ({"n": 1, "logprobs": False, "top_logprobs": 0}, 1, None),
+        ({"n": 8.0, "logprobs": True}, 8, 0),
+        ({"n": 2, "logprobs": True, "top_logprobs": 20}, 2, 20),
+    ):
+        asked = parse(**fields).to_chat_request()
+        assert (asked.num_choices, asked.num_logprobs) == (num_choices, num_logprobs), fields
+
+
+@pytest.mark.parametrize("logprobs", [None, False])
+def test_the_likeliest_are_told_only_with_logprobs(logprobs: bool | None) -> None:
+    assert refusal(logprobs=logprobs, top_logprobs=1) == ("invalid_value", "top_logprobs")
 
 
 def test_both_limits_may_be_given_only_if_they_agree() -> None:
@@ -253,7 +266,7 @@ def test_fields_nobody_knows_are_counted_or_refused() -> None:
         parse_chat_request(body, is_strict=True)
     assert caught.value.param == "frobnicate"
     with pytest.raises(UnsupportedParameter):
-        parse_chat_request(LEAST | {"n": 2}, is_strict=True)
+        parse_chat_request(LEAST | {"best_of": 2}, is_strict=True)
 
 
 def test_messages_never_repeat_long_input() -> None:

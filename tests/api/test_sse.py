@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -10,19 +11,19 @@ import pytest
 from server.api.middleware import ClientGone
 from server.api.sse import DONE, Answer, Envelope, EventStream, collect, data_frame, sse_frames
 from server.chat.prepare import PromptUsage
-from server.chat.tokenizer import Delta
+from server.chat.tokenizer import Delta, TokenChance
 from server.errors import ServerError, WorkerRestarting
 
 ENVELOPE = Envelope("chatcmpl-1", "m", 1_700_000_000)
 USAGE = PromptUsage(text_tokens=3, image_tokens=81, video_tokens=90)
 
 
-def answer_of(*deltas: Delta) -> Answer:
+def answer_of(*deltas: Delta, told: bool = False) -> Answer:
     async def generated() -> AsyncGenerator[Delta, None]:
         for delta in deltas:
             yield delta
 
-    return Answer(USAGE, generated())
+    return Answer(USAGE, generated(), has_logprobs=told)
 
 
 async def frames_of(*deltas: Delta, include_usage: bool = False) -> list[bytes]:
@@ -62,6 +63,43 @@ async def test_an_answer_without_text_still_has_its_role() -> None:
     choices = [chunk["choices"][0] for chunk in chunks]
     assert [choice["delta"] for choice in choices] == [{"role": "assistant", "content": ""}, {}]
     assert [choice["finish_reason"] for choice in choices] == [None, "stop"]
+
+
+async def test_logprobs_that_come_with_no_text_come_with_the_end() -> None:
+    """Minus infinity is not JSON; an unfinished character has bytes that are no text."""
+    chance = TokenChance("\ufffd", b"\xed", -math.inf, (TokenChance("a", b"a", -0.5),))
+
+    async def begin() -> Answer:
+        return answer_of(Delta("a", None, 1), Delta("", "length", 1, chances=(chance,)), told=True)
+
+    expected = {
+        "content": [
+            {
+                "token": "\ufffd",
+                "logprob": -9999.0,
+                "bytes": [0xED],
+                "top_logprobs": [{"token": "a", "logprob": -0.5, "bytes": [97]}],
+            }
+        ],
+        "refusal": None,
+    }
+    frames = [frame async for frame in sse_frames(begin, ENVELOPE, include_usage=False)]
+    chunks = [json.loads(frame.removeprefix(b"data: ")) for frame in frames[:-1]]
+    told = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    assert told == [None, None, expected]
+    completion: Any = await collect(begin, ENVELOPE)
+    assert completion["choices"][0]["logprobs"] == expected
+
+
+async def test_an_answer_of_which_a_choice_is_missing_is_an_error() -> None:
+    async def generated() -> AsyncGenerator[Delta, None]:
+        yield Delta("a", "stop", 1, choice=1)
+
+    async def begin() -> Answer:
+        return Answer(USAGE, generated(), num_choices=2)
+
+    with pytest.raises(ServerError):
+        await collect(begin, ENVELOPE)
 
 
 @pytest.mark.parametrize("last", [Delta("x", None, 1), Delta("x", "abort", 1)])

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import pytest
@@ -9,8 +12,8 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from server.chat.tokenizer import Delta, Detokenizer, Tokenizer, detokenize
-from server.core import TokenEvent
+from server.chat.tokenizer import Delta, Detokenizer, TokenChance, Tokenizer, detokenize
+from server.core import TokenEvent, TokenLogprobs
 from server.errors import CheckpointError, ServerError, ShuttingDown, WorkerRestarting
 from tests.chat.conftest import CORPUS, END_OF_TEXT, IM_END, SPECIAL
 
@@ -198,6 +201,12 @@ class Pieces:
         return self.pieces[token_id].encode()
 
 
+class PiecesWithNames(Pieces):
+    def chance_of(self, logprobs: TokenLogprobs) -> TokenChance:
+        data = self.token_bytes(logprobs.token_id)
+        return TokenChance(data.decode(), data, logprobs.logprob)
+
+
 @settings(max_examples=300)
 @given(
     pieces=st.lists(st.text(alphabet="ab한", max_size=4), max_size=8),
@@ -228,12 +237,17 @@ class Stream:
     def __init__(self, events: Sequence[TokenEvent]) -> None:
         self.events = list(events)
         self.num_read = 0
+        self.closed_choices: list[int] = []
         self.is_closed = False
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
         for event in self.events:
             self.num_read += 1
-            yield event
+            if event.choice not in self.closed_choices:
+                yield event
+
+    def close_choice(self, choice: int) -> None:
+        self.closed_choices.append(choice)
 
     def close(self) -> None:
         self.is_closed = True
@@ -288,11 +302,105 @@ async def test_a_stop_string_ends_the_answer_and_closes_the_stream(tokenizer: To
     while not seen or seen[-1].finish_reason is None:
         seen.append(await anext(deltas))
     # Closed already, though nobody has resumed the generator.
-    assert stream.is_closed
+    assert stream.closed_choices == [0]
     assert "".join(delta.text for delta in seen) == "one"
     assert (seen[-1].finish_reason, sum(delta.num_tokens for delta in seen)) == ("stop", 4)
     assert stream.num_read == 4
     await deltas.aclose()
+    assert stream.is_closed
+
+
+def with_choice(stream: Stream, choice: int) -> list[TokenEvent]:
+    return [replace(event, choice=choice) for event in stream.events]
+
+
+async def test_each_choice_has_a_text_of_its_own(tokenizer: Tokenizer) -> None:
+    """Half a character of one never meets the other's; one stops and the other goes on."""
+    first = with_choice(events(byte_ids(tokenizer, "한.글".encode())), 0)
+    second = with_choice(events(byte_ids(tokenizer, "글한글".encode())), 1)
+    together = Stream([event for pair in zip_longest(first, second) for event in pair if event])
+    deltas = [d async for d in detokenize(together, tokenizer, stop=["."], num_choices=2)]
+    texts = ["".join(delta.text for delta in deltas if delta.choice == n) for n in range(2)]
+    assert texts == ["한", "글한글"]
+    ends = [(delta.choice, delta.finish_reason) for delta in deltas if delta.finish_reason]
+    assert ends == [(0, "stop"), (1, "length")]
+    assert [sum(d.num_tokens for d in deltas if d.choice == n) for n in range(2)] == [4, 9]
+    assert together.closed_choices == [0, 1] and together.is_closed
+
+
+def told(
+    tokenizer: Tokenizer, data: bytes, *, reason: Any = "length", ids: Sequence[int] = ()
+) -> Stream:
+    """Each byte with a log-probability of its own: minus its place."""
+    plain = events([*byte_ids(tokenizer, data), *ids], reason)
+    return Stream(
+        [
+            replace(event, logprobs=TokenLogprobs(event.token_id or 0, -float(place)))
+            for place, event in enumerate(plain.events)
+        ]
+    )
+
+
+def places(deltas: Sequence[Delta]) -> list[tuple[str, list[int]]]:
+    return [(d.text, [-round(chance.logprob) for chance in d.chances]) for d in deltas]
+
+
+async def test_a_logprob_comes_with_the_text_of_its_token(tokenizer: Tokenizer) -> None:
+    deltas = await collect(told(tokenizer, "a한b".encode()), tokenizer)
+    assert places(deltas) == [("a", [0]), ("한", [1, 2, 3]), ("b", [4])]
+    shown = [chance for delta in deltas for chance in delta.chances]
+    assert b"".join(chance.text_bytes for chance in shown) == "a한b".encode()
+    assert [chance.text for chance in shown] == ["a", "\ufffd", "\ufffd", "\ufffd", "b"]
+
+
+async def test_logprobs_of_text_that_is_held_back_are_held_back_too(tokenizer: Tokenizer) -> None:
+    stream = told(tokenizer, b"x<ab!")
+    assert places(await collect(stream, tokenizer, ["<abc>"])) == [
+        ("x", [0]),
+        ("<ab!", [1, 2, 3, 4]),
+    ]
+
+
+async def test_what_a_stop_string_cuts_is_not_told(tokenizer: Tokenizer) -> None:
+    stream = told(tokenizer, b"one<abc>two")
+    deltas = await collect(stream, tokenizer, ["<abc>"])
+    assert [place for _, found in places(deltas) for place in found] == [0, 1, 2]
+    assert sum(delta.num_tokens for delta in deltas) == 8
+
+
+async def test_a_token_of_which_something_is_shown_is_told(tokenizer: Tokenizer) -> None:
+    pieces: Any = PiecesWithNames(["ab", "c<", "ab>", "d"])
+    plain = events(range(4))
+    stream = Stream(
+        [replace(e, logprobs=TokenLogprobs(e.token_id or 0, -1.0)) for e in plain.events]
+    )
+    deltas = await collect(stream, pieces, ["<ab>"])
+    shown = [chance.text for delta in deltas for chance in delta.chances]
+    assert "".join(delta.text for delta in deltas) == "abc"
+    assert shown == ["ab", "c<"]
+
+
+async def test_the_ending_token_is_not_told_and_an_unfinished_character_is(
+    tokenizer: Tokenizer,
+) -> None:
+    ended = told(tokenizer, b"ab", reason="stop", ids=[tokenizer.special[END_OF_TEXT]])
+    assert places(await collect(ended, tokenizer)) == [("a", [0]), ("b", [1]), ("", [])]
+    cut = told(tokenizer, "a한".encode()[:-1])
+    assert places(await collect(cut, tokenizer)) == [("a", [0]), ("", [1, 2])]
+
+
+def test_special_tokens_are_told_by_their_names(tokenizer: Tokenizer) -> None:
+    special = tokenizer.special[IM_END]
+    (letter,) = byte_ids(tokenizer, b"a")
+    chance = tokenizer.chance_of(
+        TokenLogprobs(letter, -0.5, ((special, -0.1), (letter, -0.5), (10**6, -math.inf)))
+    )
+    assert (chance.text, chance.text_bytes, chance.logprob) == ("a", b"a", -0.5)
+    assert [(top.text, top.logprob) for top in chance.top] == [
+        (IM_END, -0.1),
+        ("a", -0.5),
+        ("", -math.inf),
+    ]
 
 
 async def test_leaving_early_closes_the_stream(tokenizer: Tokenizer) -> None:

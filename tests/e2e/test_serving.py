@@ -6,6 +6,7 @@ counted, and not a token longer than anybody listens, does.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -121,7 +122,9 @@ def test_text_that_looks_special_is_text(tiny: RunningServer, special: str) -> N
 @pytest.mark.parametrize(
     ("fields", "status", "code", "param"),
     [
-        ({"n": 2}, 400, "unsupported_parameter", "n"),
+        ({"n": 9}, 400, "invalid_value", "n"),
+        ({"top_logprobs": 3}, 400, "invalid_value", "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, 400, "invalid_value", "top_logprobs"),
         ({"temperature": 3}, 400, "invalid_value", "temperature"),
         ({"max_tokens": 5000}, 400, "context_length_exceeded", "messages"),
         ({"model": "gpt-4o"}, 404, "model_not_found", "model"),
@@ -214,6 +217,80 @@ def test_a_later_short_request_overtakes_a_long_answer(tiny: RunningServer) -> N
     chunks = [chunk for chunk in stream if chunk.choices]
     assert len(chunks) > 1  # it went on after the short one was answered
     assert chunks[-1].choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_choices_are_what_one_alone_would_be(tiny: RunningServer, kind: str) -> None:
+    """The prompt is counted once, and what the choices share of it is no cache of earlier ones."""
+    alone = complete(tiny, CONTENTS[kind])
+    whole = complete(tiny, CONTENTS[kind], n=4)
+    assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
+    for choice in whole.choices:
+        assert choice.message.content == alone.choices[0].message.content
+        assert choice.finish_reason == alone.choices[0].finish_reason
+    assert whole.usage.prompt_tokens == alone.usage.prompt_tokens
+    assert whole.usage.completion_tokens == 4 * alone.usage.completion_tokens
+    cached = whole.usage.prompt_tokens_details.cached_tokens
+    assert cached == (whole.usage.prompt_tokens - 1) // 64 * 64
+
+
+def test_a_new_prompt_of_many_choices_was_not_in_the_cache(tiny: RunningServer) -> None:
+    usage = complete(tiny, "Nobody has asked this before. " * 20, n=3).usage
+    assert usage.prompt_tokens > 3 * 64
+    assert usage.prompt_tokens_details.cached_tokens == 0
+
+
+def test_sampled_choices_differ_and_a_seed_repeats_them_all(tiny: RunningServer) -> None:
+    fields = {"temperature": 1.5, "seed": 7, "max_tokens": 12}
+    whole = complete(tiny, "hi", n=4, **fields)
+    texts = [choice.message.content for choice in whole.choices]
+    assert len(set(texts)) > 1
+    assert texts[0] == complete(tiny, "hi", **fields).choices[0].message.content
+    streamed = ["", "", "", ""]
+    ends = ["", "", "", ""]
+    for chunk in complete(tiny, "hi", n=4, stream=True, **fields):
+        (choice,) = chunk.choices
+        assert not ends[choice.index]
+        streamed[choice.index] += choice.delta.content or ""
+        ends[choice.index] = choice.finish_reason or ""
+    assert streamed == texts
+    assert ends == [choice.finish_reason for choice in whole.choices]
+
+
+def test_logprobs_are_those_of_the_tokens_that_came(tiny: RunningServer) -> None:
+    """Of the model itself: sharpening and filters change what is drawn, not what is told."""
+    fields = {"logprobs": True, "top_logprobs": 20, "max_tokens": 6}
+    greedy = complete(tiny, "hi", **fields).choices[0]
+    told = greedy.logprobs.content
+    data = b"".join(bytes(each.bytes) for each in told)
+    assert data.decode(errors="ignore") == greedy.message.content
+    for each in told:
+        assert each.token == each.top_logprobs[0].token
+        assert each.logprob == each.top_logprobs[0].logprob
+        chances = [math.exp(top.logprob) for top in each.top_logprobs]
+        assert len(chances) == 20 and chances == sorted(chances, reverse=True)
+        assert 0 < sum(chances) <= 1.0001
+    sampled = complete(tiny, "hi", temperature=2, top_p=0.5, seed=3, **fields).choices[0]
+    first = sampled.logprobs.content[0]
+    assert [top.logprob for top in first.top_logprobs] == [
+        top.logprob for top in told[0].top_logprobs
+    ]
+
+
+def test_streamed_logprobs_are_those_of_the_whole(tiny: RunningServer) -> None:
+    """A stop string that is only begun holds both back, and what it cuts is not told."""
+    fields = {"logprobs": True, "top_logprobs": 2, "temperature": 1, "seed": 5, "n": 2}
+    text = complete(tiny, "hi", **fields).choices[0].message.content
+    for stop in ([], [text[len(text) // 2 :][:2]], [text[1:3] + "\u0001"]):
+        whole = complete(tiny, "hi", stop=stop, **fields)
+        streamed: list[list[Any]] = [[], []]
+        for chunk in complete(tiny, "hi", stop=stop, stream=True, **fields):
+            (choice,) = chunk.choices
+            if choice.logprobs is not None:
+                streamed[choice.index] += choice.logprobs.content
+        for choice in whole.choices:
+            assert streamed[choice.index] == choice.logprobs.content
+    assert complete(tiny, "hi").choices[0].logprobs is None
 
 
 def test_sampling_fields_are_honoured(tiny: RunningServer) -> None:

@@ -21,16 +21,27 @@ from tests.engine.samples import make_request
 
 
 def make_admitted(
-    name: str, *, tenant: str = "tenant", num_tokens: int = 3, num_tile_bytes: int = 0
+    name: str,
+    *,
+    tenant: str = "tenant",
+    num_tokens: int = 3,
+    num_tile_bytes: int = 0,
+    num_choices: int = 1,
 ) -> Admitted:
-    request = replace(make_request(name, prompt=(1,) * num_tokens), tenant=tenant)
+    request = make_request(name, prompt=(1,) * num_tokens, num_choices=num_choices)
+    request = replace(request, tenant=tenant)
     return Admitted(request, [b"message"], num_tile_bytes)
 
 
 def shortage(
-    admissions: Admissions, *, tenant: str = "tenant", num_tokens: int = 3, num_tile_bytes: int = 0
+    admissions: Admissions,
+    *,
+    tenant: str = "tenant",
+    num_tokens: int = 3,
+    num_tile_bytes: int = 0,
+    num_choices: int = 1,
 ) -> Shortage | None:
-    new = make_admitted("new", tenant=tenant, num_tokens=num_tokens)
+    new = make_admitted("new", tenant=tenant, num_tokens=num_tokens, num_choices=num_choices)
     return admissions.shortage(new.request, num_tile_bytes=num_tile_bytes, kv_tokens=100)
 
 
@@ -63,6 +74,24 @@ def test_without_a_bound_for_each_tenant_there_is_none() -> None:
     assert shortage(admissions) is None
 
 
+def test_each_choice_counts_as_a_request_does() -> None:
+    admissions = Admissions(max_waiting=4, max_per_tenant=3)
+    # One that is over a bound by itself is admitted where there is nobody else.
+    assert shortage(admissions, num_choices=8) is None
+    first = make_admitted("0", num_choices=2)
+    admissions.enter(first)
+    assert admissions.stats.num_waiting == 2
+    assert shortage(admissions) is None
+    assert shortage(admissions, num_choices=2) == "key_requests"
+    assert shortage(admissions, tenant="other", num_choices=2) is None
+    assert shortage(admissions, tenant="other", num_choices=3) == "waiting_requests"
+    admissions.start(first)
+    assert admissions.stats == QueueStats(num_started=2)
+    assert shortage(admissions, num_choices=2) == "key_requests"
+    admissions.leave(first)
+    assert admissions.stats == QueueStats()
+
+
 def test_they_are_kept_in_the_order_they_came_and_may_leave_meanwhile() -> None:
     admissions = Admissions(max_waiting=10, max_per_tenant=None)
     for name in "3120":
@@ -87,6 +116,10 @@ def test_totals_are_added_field_by_field(name: str) -> None:
 MAX_PER_TENANT = 3
 
 
+def num_choices(requests: list[Admitted]) -> int:
+    return sum(admitted.request.num_choices for admitted in requests)
+
+
 class AdmissionsMachine(RuleBasedStateMachine):
     """Any order of what can happen to requests; the counts are compared with a recount."""
 
@@ -100,13 +133,15 @@ class AdmissionsMachine(RuleBasedStateMachine):
         tenant=st.sampled_from("abc"),
         num_tokens=st.integers(1, 9),
         num_tile_bytes=st.integers(0, 9),
+        num_choices=st.integers(1, 8),
     )
-    def enter(self, tenant: str, num_tokens: int, num_tile_bytes: int) -> None:
+    def enter(self, tenant: str, num_tokens: int, num_tile_bytes: int, num_choices: int) -> None:
         admitted = make_admitted(
             str(self.num_entered),
             tenant=tenant,
             num_tokens=num_tokens,
             num_tile_bytes=num_tile_bytes,
+            num_choices=num_choices,
         )
         self.num_entered += 1
         self.admissions.enter(admitted)
@@ -135,8 +170,8 @@ class AdmissionsMachine(RuleBasedStateMachine):
     def the_counts_are_right(self) -> None:
         waiting = [admitted for admitted in self.present if admitted.is_waiting]
         assert self.admissions.stats == QueueStats(
-            num_started=len(self.present) - len(waiting),
-            num_waiting=len(waiting),
+            num_started=num_choices(self.present) - num_choices(waiting),
+            num_waiting=num_choices(waiting),
             waiting_prompt_tokens=sum(len(each.request.prompt_ids) for each in waiting),
             waiting_tile_bytes=sum(each.num_tile_bytes for each in waiting),
         )
@@ -148,7 +183,7 @@ class AdmissionsMachine(RuleBasedStateMachine):
     @invariant()
     def a_tenant_that_has_its_share_gets_no_more(self) -> None:
         for tenant in "abc":
-            count = sum(each.request.tenant == tenant for each in self.present)
+            count = num_choices([each for each in self.present if each.request.tenant == tenant])
             is_short = shortage(self.admissions, tenant=tenant) == "key_requests"
             assert is_short == (count >= MAX_PER_TENANT)
 

@@ -122,6 +122,51 @@ async def test_nothing_keeps_the_pixels_of_a_request_that_is_over(
                 await asyncio.sleep(0.02)
 
 
+async def test_choices_come_in_one_stream_and_all_are_ended(client: EngineClient) -> None:
+    """Greedy ones are what one alone would be; the queue counts them while they are there."""
+    alone = await answer(client, max_tokens=5)
+    stream = await client.submit(make_request("choices", max_tokens=5, num_choices=3), [])
+    assert client.queue == QueueStats(num_waiting=3, waiting_prompt_tokens=3)
+    events = await collect(stream)
+    for choice in range(3):
+        own = [event for event in events if event.choice == choice]
+        assert [event.token_id for event in own] == alone
+        assert [event.finish_reason for event in own] == [None] * 4 + ["length"]
+    assert client.queue == QueueStats()
+
+
+async def test_closing_one_choice_leaves_the_others(client: EngineClient) -> None:
+    """One runs at a time: the second answers because the first, endless one is gone."""
+    request = make_request("choices", prompt=(SLOW, 1), max_tokens=200, num_choices=2)
+    stream = await client.submit(request, [])
+    assert (await anext(stream)).choice == 0
+    stream.close_choice(0)
+    async with asyncio.timeout(10):
+        assert (await anext(stream)).choice == 1
+    stream.close_choice(1)
+    assert await collect(stream) == []
+    async with asyncio.timeout(10):
+        assert len(await answer(client, max_tokens=3)) == 3
+
+
+async def test_an_error_of_one_choice_ends_them_all_once(client: EngineClient) -> None:
+    stream = await client.submit(make_request("bad", prompt=(RAISE,), num_choices=3), [])
+    assert await collect(stream) == [TokenEvent("bad", None, "error", "internal_error")]
+    assert len(await answer(client, max_tokens=2)) == 2
+    assert client.queue == QueueStats()
+
+
+async def test_logprobs_arrive(client: EngineClient) -> None:
+    request = make_request(max_tokens=2, num_logprobs=2, num_prompt_logprobs=1)
+    first, second = await collect(await client.submit(request, []))
+    for event in (first, second):
+        assert event.logprobs is not None
+        assert event.logprobs.top[0] == (event.token_id, event.logprobs.logprob)  # it is greedy
+        assert len(event.logprobs.top) == 2
+    assert first.prompt_logprobs is not None and second.prompt_logprobs is None
+    assert [told and told.token_id for told in first.prompt_logprobs] == [None, 2, 3]
+
+
 async def test_facts_are_those_of_the_checkpoint(client: EngineClient) -> None:
     facts = client.facts
     assert client.status == "ready" and facts is not None
@@ -277,6 +322,53 @@ async def test_a_closed_stream_yields_nothing_that_was_still_in_it() -> None:
     aborts.mailbox.put_nowait(TokenEvent("r", 1))
     stream.close()
     assert await collect(stream) == []
+
+
+async def test_a_stream_ends_when_its_last_choice_does() -> None:
+    aborts = Aborts()
+    stream = aborts.stream(num_choices=2)
+    events = [
+        TokenEvent("r", 1, "length", choice=1),
+        TokenEvent("r", 2),
+        TokenEvent("r", 3, "stop"),
+    ]
+    for event in events:
+        aborts.mailbox.put_nowait(event)
+    assert await collect(stream) == events
+    stream.close()
+    stream.close_choice(0)
+    assert aborts.choices == []
+
+
+async def test_a_closed_choice_yields_nothing_and_is_aborted_once() -> None:
+    aborts = Aborts()
+    stream = aborts.stream(num_choices=3)
+    stream.close_choice(1)
+    stream.close_choice(1)
+    for choice in (1, 0, 2):
+        aborts.mailbox.put_nowait(TokenEvent("r", 5, "length", choice=choice))
+    assert [event.choice for event in await collect(stream)] == [0, 2]
+    assert aborts.choices == [1]
+
+
+async def test_closing_the_last_choice_closes_the_stream() -> None:
+    aborts = Aborts()
+    stream = aborts.stream(num_choices=2)
+    stream.close_choice(0)
+    stream.close_choice(1)
+    assert await collect(stream) == []
+    stream.close()
+    assert aborts.choices == [0, None]
+
+
+async def test_an_error_ends_all_choices_whichever_it_names() -> None:
+    aborts = Aborts()
+    stream = aborts.stream(num_choices=2)
+    stream.close_choice(0)
+    aborts.mailbox.put_nowait(TokenEvent("r", None, "error", "worker_restarting"))
+    assert [event.error_code for event in await collect(stream)] == ["worker_restarting"]
+    stream.close()
+    assert aborts.choices == [0]
 
 
 async def test_the_http_process_never_imports_torch() -> None:

@@ -1,8 +1,10 @@
+import math
+
 import msgspec
 import numpy as np
 import pytest
 
-from server.core import TokenEvent
+from server.core import TokenEvent, TokenLogprobs
 from server.engine.facts import EngineStats, EngineTotals
 from server.engine.messages import (
     Abort,
@@ -39,7 +41,10 @@ START = Start(
 )
 
 
-@pytest.mark.parametrize("message", [START, Abort("r"), Stop()])
+LOGPROBS = TokenLogprobs(7, -0.25, ((7, -0.25), (2, -math.inf)))
+
+
+@pytest.mark.parametrize("message", [START, Abort("r"), Abort("r", 3), Stop()])
 def test_messages_to_the_engine_arrive_as_they_were(message: ToEngine) -> None:
     assert decode_to_engine(encode(message)) == message
 
@@ -53,6 +58,8 @@ def test_messages_to_the_engine_arrive_as_they_were(message: ToEngine) -> None:
         Joined(("a", "b")),
         Progress(),
         Progress((TokenEvent("r", 7), TokenEvent("r", None, "error", "internal_error"))),
+        Progress((TokenEvent("r", 7, choice=3, logprobs=LOGPROBS),)),
+        Progress((TokenEvent("r", 7, "stop", prompt_logprobs=(None, LOGPROBS)),)),
         Progress((), EngineStats(num_running=1, totals=EngineTotals(num_steps=2, steps_s=0.5))),
     ],
 )

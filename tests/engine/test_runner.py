@@ -6,12 +6,21 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
 
-from server.attention.backend import choose_backend
-from server.core import GenerationRequest, VisionInput, VisionLayout
+from server.attention.backend import AttentionInputs, choose_backend
+from server.core import (
+    GenerationRequest,
+    TokenEvent,
+    TokenLogprobs,
+    VisionInput,
+    VisionLayout,
+)
+from server.engine import runner as runner_module
 from server.engine.blocks import BlockPool
 from server.engine.encodings import EncoderCache
 from server.engine.runner import Runner, choose_cache_bytes
@@ -33,7 +42,9 @@ PICTURE = VisionInput(
 OTHER_PICTURE = replace(PICTURE, digest="c" * 64)
 VIDEO = VisionInput("video", VisionLayout((16, *[4] * 8, 16, 4, 4)), "b" * 64)
 
+Events = Callable[..., list[TokenEvent]]
 Answer = Callable[..., dict[str, list[int]]]
+FullLogprobs = Callable[[GenerationRequest, list[int]], Tensor]
 
 
 def make_scheduler(
@@ -90,27 +101,81 @@ def make_runner(model: VisionLanguageModel, tiny_info: CheckpointInfo) -> Callab
 
 
 @pytest.fixture
-def answer(make_runner: Callable[[], Runner]) -> Answer:
+def events(make_runner: Callable[[], Runner]) -> Events:
     def run(
         *requests: GenerationRequest,
         chunk: int = 10_000,
         tile_price: int = 1,
         max_running: int = 1,
         num_blocks: int = 256,
-    ) -> dict[str, list[int]]:
+    ) -> list[TokenEvent]:
         scheduler = make_scheduler(
             chunk=chunk, tile_price=tile_price, max_running=max_running, num_blocks=num_blocks
         )
         runner = make_runner()
         for request in requests:
-            scheduler.add(Sequence.from_request(request, make_tiles(request, side=SIDE)))
-        answers: dict[str, list[int]] = {request.request_id: [] for request in requests}
+            tiles = make_tiles(request, side=SIDE)
+            for choice in range(request.num_choices):
+                scheduler.add(Sequence.from_request(request, tiles, choice=choice))
+        events: list[TokenEvent] = []
         while batch := scheduler.schedule():
-            for event in scheduler.commit(batch, runner.run(batch)):
-                assert event.token_id is not None
-                answers[event.request_id].append(event.token_id)
+            events += scheduler.commit(batch, runner.run(batch))
         scheduler.check()
+        return events
+
+    return run
+
+
+@pytest.fixture
+def answer(events: Events) -> Answer:
+    def run(*requests: GenerationRequest, **options: int) -> dict[str, list[int]]:
+        answers: dict[str, list[int]] = {request.request_id: [] for request in requests}
+        for event in events(*requests, **options):
+            assert event.token_id is not None
+            answers[event.request_id].append(event.token_id)
         return answers
+
+    return run
+
+
+@pytest.fixture
+def full_logprobs(model: VisionLanguageModel, tiny_info: CheckpointInfo) -> FullLogprobs:
+    """Prompt and answer in one forward -> log-probabilities [positions, ids] of what follows.
+
+    Without the machinery: no scheduler, no chunks, one block after another.
+    """
+
+    def run(request: GenerationRequest, answer: list[int]) -> Tensor:
+        ids = torch.tensor([*request.prompt_ids, *answer])
+        num_blocks = -(-len(ids) // BLOCK_SIZE)
+        text = tiny_info.text
+        caches = choose_backend("sdpa", device="cpu", page_size=BLOCK_SIZE).allocate(
+            text.num_layers,
+            num_blocks,
+            num_kv_heads=text.num_kv_heads,
+            head_dim=text.head_dim,
+            dtype=torch.float32,
+            device="cpu",
+        )
+        inputs = AttentionInputs(
+            caches=caches,
+            cu_seq_q=torch.tensor([0, len(ids)], dtype=torch.int32),
+            seqused_k=torch.tensor([len(ids)], dtype=torch.int32),
+            block_table=torch.arange(num_blocks, dtype=torch.int32)[None],
+            slot_mapping=torch.arange(len(ids)),
+            max_q=len(ids),
+            max_k=len(ids),
+        )
+        with torch.inference_mode():
+            embeds = model.embed(ids)
+            pixels = make_tiles(request, side=SIDE)
+            for medium, start, tiles in zip(
+                request.vision, request.vision_starts, pixels, strict=True
+            ):
+                features = model.encode_vision(torch.from_numpy(tiles), [medium.layout])[0]
+                embeds[start : start + len(features)] = features
+            hidden = model.forward(embeds, torch.arange(len(ids)), inputs)
+            return model.logits(hidden).log_softmax(dim=-1)
 
     return run
 
@@ -171,6 +236,158 @@ def test_a_warm_cache_never_changes_tokens(
     answers = answer(*requests, *again)
     for request in requests:
         assert answers[request.request_id] == answers[f"{request.request_id} again"]
+
+
+TOLERANCE = 1e-3
+"""Chunks of other lengths are summed in another order; a wrong position is off by whole units."""
+
+
+def assert_told(told: TokenLogprobs | None, expected: Tensor, token_id: int, num_top: int) -> None:
+    """`expected` are the log-probabilities [ids] at the place of the token."""
+    assert told is not None and told.token_id == token_id
+    assert told.logprob == pytest.approx(float(expected[token_id]), abs=TOLERANCE)
+    best = expected.topk(num_top).values.tolist()
+    assert [logprob for _, logprob in told.top] == pytest.approx(best, abs=TOLERANCE)
+    for top_id, logprob in told.top:
+        assert logprob == pytest.approx(float(expected[top_id]), abs=TOLERANCE)
+
+
+def test_each_token_tells_its_logprob_and_the_likeliest(
+    events: Events, requests: list[GenerationRequest], full_logprobs: FullLogprobs
+) -> None:
+    """The model's own, whatever is done to them before a token is drawn; each row what it asks."""
+    forced = {"repetition_penalty": 3.0, "logit_bias": ((7, 40.0),), "top_k": 2}
+    counts = [0, 5, 20, 1, None, None, None, None]
+    asked = [
+        replace(
+            request,
+            sampling=replace(request.sampling, num_logprobs=count, **forced),  # type: ignore[arg-type]
+        )
+        for request, count in zip(requests, counts, strict=True)
+    ]
+    told = events(*asked, max_running=8)
+    for request, count in zip(asked, counts, strict=True):
+        own = [event for event in told if event.request_id == request.request_id]
+        if count is None:
+            assert [event.logprobs for event in own] == [None] * len(own)
+            continue
+        ids = [event.token_id or 0 for event in own]
+        expected = full_logprobs(request, ids)[len(request.prompt_ids) - 1 : -1]
+        for event, row in zip(own, expected, strict=True):
+            assert_told(event.logprobs, row, event.token_id or 0, count)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"chunk": 1},
+        {"chunk": 3, "tile_price": 2},
+        {"chunk": 10_000},
+        {"chunk": 10, "max_running": 8, "num_blocks": 35},
+    ],
+    ids=str,
+)
+def test_a_prompt_tells_what_one_forward_over_all_of_it_says(
+    events: Events,
+    requests: list[GenerationRequest],
+    full_logprobs: FullLogprobs,
+    options: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With media, behind others that left the same blocks, some computed again in the middle."""
+    monkeypatch.setattr(runner_module, "MAX_PROMPT_LOGITS_ROWS", 5)
+    asked = [
+        replace(
+            request,
+            request_id=f"{request.request_id} told",
+            sampling=replace(request.sampling, num_prompt_logprobs=3),
+            num_choices=2,
+        )
+        for request in requests
+    ]
+    told = events(*requests, *asked, **options)
+    for request in asked:
+        own = [e for e in told if e.request_id == request.request_id and e.prompt_logprobs]
+        assert [(event.choice, event.num_cached_tokens) for event in own] == [(0, 0)]
+        first, *rest = own[0].prompt_logprobs or ()
+        assert first is None and len(rest) == len(request.prompt_ids) - 1
+        expected = full_logprobs(request, [])
+        media = [
+            range(start, start + medium.num_tokens)
+            for start, medium in zip(request.vision_starts, request.vision, strict=True)
+        ]
+        for position, entry in enumerate(rest, start=1):
+            if any(position in medium for medium in media):
+                assert entry is None
+            else:
+                assert_told(entry, expected[position - 1], request.prompt_ids[position], 3)
+
+
+@pytest.mark.parametrize("options", [{"max_running": 8}, {"chunk": 3, "max_running": 3}], ids=str)
+def test_choices_answer_as_if_each_were_asked_alone(
+    answer: Answer, events: Events, requests: list[GenerationRequest], options: dict[str, int]
+) -> None:
+    """The first is what one alone would be; greedy ones are all the same, others differ."""
+    alone = answer(*requests)
+    told = events(*(replace(request, num_choices=4) for request in requests), **options)
+    for request in requests:
+        choices = [
+            [e.token_id for e in told if (e.request_id, e.choice) == (request.request_id, choice)]
+            for choice in range(4)
+        ]
+        assert choices[0] == alone[request.request_id]
+        num_different = len({tuple(choice) for choice in choices})
+        is_greedy = request.sampling.temperature == 0
+        assert num_different == 1 if is_greedy else num_different > 1
+
+
+class OnlyThese:
+    """A mask of a few ids, as a grammar would fill it; None where it allows all."""
+
+    def __init__(self, ids: list[int] | None, *, num_ids: int) -> None:
+        self._bits: npt.NDArray[np.int32] | None = None
+        if ids is not None:
+            words = [0] * -(-num_ids // 32)
+            for token_id in ids:
+                words[token_id // 32] |= 1 << token_id % 32
+            self._bits = np.array(words, np.uint32).view(np.int32)
+
+    def allowed(self) -> npt.NDArray[np.int32] | None:
+        return self._bits
+
+    def accept(self, token_id: int) -> None: ...
+
+
+def test_a_mask_binds_its_own_sequence_alone(
+    answer: Answer,
+    make_runner: Callable[[], Runner],
+    requests: list[GenerationRequest],
+    tiny_info: CheckpointInfo,
+) -> None:
+    """One may say two ids, one nothing, one anything, and one has no mask; told are raw values."""
+    free = answer(*requests)
+    masks: list[list[int] | None] = [[9, 100], [], None]
+    runner, scheduler = make_runner(), make_scheduler(max_running=8)
+    width = tiny_info.text.logits_rows
+    for request, ids in zip(requests, masks, strict=False):
+        sampling = replace(request.sampling, num_logprobs=1)
+        constraint = OnlyThese(ids, num_ids=width)
+        tiles = make_tiles(request, side=SIDE)
+        scheduler.add(
+            Sequence.from_request(replace(request, sampling=sampling), tiles, constraint=constraint)
+        )
+    scheduler.add(Sequence.from_request(requests[3], make_tiles(requests[3], side=SIDE)))
+    events: list[TokenEvent] = []
+    while batch := scheduler.schedule():
+        events += scheduler.commit(batch, runner.run(batch))
+    said = {r.request_id: [e for e in events if e.request_id == r.request_id] for r in requests[:4]}
+    bound, nothing, anything, unmasked = said.values()
+    assert {event.token_id for event in bound} <= {9, 100} and len(bound) == 8
+    best = [event.logprobs.top[0][0] for event in bound if event.logprobs is not None]
+    assert best[0] == free[requests[0].request_id][0] not in (9, 100)
+    assert [(e.token_id, e.error_code) for e in nothing] == [(None, "internal_error")]
+    assert [event.token_id for event in anything] == free[requests[2].request_id]
+    assert [event.token_id for event in unmasked] == free[requests[3].request_id]
 
 
 def test_another_picture_gives_another_answer(

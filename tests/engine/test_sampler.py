@@ -13,19 +13,25 @@ import pytest
 import torch
 
 from server.core import SamplingParams
-from server.engine.sampler import NUM_CANDIDATES, sample, uniform
+from server.engine.sampler import NUM_CANDIDATES, sample, seed_of_choice, uniform
 from server.engine.sampler import SamplingRow as Row
 
 NUM_IDS = 1000
 
 
 def row(
-    *, position: int = 7, ids: Sequence[int] = (), num_generated: int = 0, **params: Any
+    *,
+    position: int = 7,
+    ids: Sequence[int] = (),
+    num_generated: int = 0,
+    choice: int = 0,
+    mask: npt.NDArray[np.int32] | None = None,
+    **params: Any,
 ) -> Row:
     """Before the token at `position`, behind `ids`, of which the last are generated."""
     defaults = SamplingParams(max_tokens=1, seed=1)
     padded = [0] * (position - len(ids)) + list(ids)
-    return Row(replace(defaults, **params), padded, position - num_generated)
+    return Row(replace(defaults, **params), padded, position - num_generated, choice, mask)
 
 
 def reference(logits: npt.NDArray[np.float32], row: Row) -> int | None:
@@ -41,6 +47,10 @@ def reference(logits: npt.NDArray[np.float32], row: Row) -> int | None:
         scores[token_id] += bias
     if len(generated) < params.min_tokens:
         scores[list(params.stop_token_ids)] = -np.inf
+    if row.mask is not None:
+        for token_id in range(len(scores)):
+            if not int(row.mask[token_id // 32]) >> token_id % 32 & 1:
+                scores[token_id] = -np.inf
     if not np.isfinite(scores.max()):
         return None
     if params.temperature < 1e-5:
@@ -58,13 +68,20 @@ def reference(logits: npt.NDArray[np.float32], row: Row) -> int | None:
         order = order[scores[order] >= last]
     kept = np.sort(order)
     cumulative = np.cumsum(np.exp(scores[kept]))
-    chance = uniform(params.seed or 0, len(row.ids))
+    chance = uniform(seed_of_choice(params.seed or 0, row.choice), len(row.ids))
     return int(kept[np.searchsorted(cumulative, chance * cumulative[-1], side="right")])
 
 
 def noise(num_rows: int, *, scale: float, seed: int = 0) -> npt.NDArray[np.float32]:
     noise = np.random.default_rng(seed).standard_normal((num_rows, NUM_IDS)) * scale
     return noise.astype(np.float32)
+
+
+def mask_of(ids: Sequence[int], num_ids: int = NUM_IDS) -> npt.NDArray[np.int32]:
+    words = [0] * -(-num_ids // 32)
+    for token_id in ids:
+        words[token_id // 32] |= 1 << token_id % 32
+    return np.array(words, np.uint32).view(np.int32)
 
 
 def mixed_rows(num_rows: int) -> list[Row]:
@@ -91,6 +108,10 @@ def mixed_rows(num_rows: int) -> list[Row]:
             min_tokens=int(rng.choice([0, 40])),
             stop_token_ids=tuple(int(i) for i in rng.integers(0, NUM_IDS, 200)),
             seed=int(rng.integers(-(2**62), 2**62)),
+            choice=int(rng.choice([0, 0, 1, 7])),
+            mask=mask_of(rng.choice(NUM_IDS, int(rng.choice([0, 1, 30, 500, NUM_IDS]))).tolist())
+            if rng.random() < 0.4
+            else None,
         )
         for index in range(num_rows)
     ]
@@ -195,6 +216,44 @@ def test_a_bias_may_force_and_forbid() -> None:
     rows = [row(temperature=0.0, logit_bias=bias) for bias in biases]
     forced, other = sample(torch.from_numpy(logits.repeat(2, axis=0)), rows)
     assert forced == 17 and other != best
+
+
+@pytest.mark.parametrize("num_ids", [1, 31, 32, 33, 1000])
+def test_every_bit_of_a_mask_is_its_id_s(num_ids: int) -> None:
+    """Each id in turn is the only one that may come, though it is the least likely."""
+    logits = torch.arange(num_ids, 0, -1).float().repeat(num_ids, 1)
+    rows = [row(mask=mask_of([token_id], num_ids), temperature=0.0) for token_id in range(num_ids)]
+    assert sample(logits, rows) == list(range(num_ids))
+
+
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.5}, {"temperature": 0.0}])
+def test_a_mask_that_allows_nothing_fails_its_row_alone(params: dict[str, float]) -> None:
+    logits = noise(3, scale=1.0)
+    logits[1, 5] = math.nan
+    rows = [row(mask=mask, **params) for mask in (mask_of([]), mask_of([5, 6]), mask_of([7]))]
+    assert sample(torch.from_numpy(logits), rows) == [None, None, 7]
+
+
+def test_a_mask_of_another_width_is_a_bug_of_ours() -> None:
+    with pytest.raises(ValueError, match="a mask of shape"):
+        sample(torch.zeros(1, NUM_IDS), [row(mask=mask_of([1], NUM_IDS + 32))])
+
+
+def test_a_mask_comes_after_what_forces_an_id() -> None:
+    """A bias cannot bring back what a grammar forbids."""
+    logits = torch.zeros(1, NUM_IDS)
+    forced = row(logit_bias=((3, 100.0),), mask=mask_of([4]), temperature=0.0)
+    assert sample(logits, [forced]) == [4]
+
+
+def test_choices_draw_for_themselves_and_the_first_as_if_alone() -> None:
+    logits = torch.zeros(64, NUM_IDS)
+    drawn = sample(
+        logits, [row(seed=seed, choice=choice) for seed in range(8) for choice in range(8)]
+    )
+    assert len(set(drawn)) > 55
+    assert drawn[::8] == sample(torch.zeros(8, NUM_IDS), [row(seed=seed) for seed in range(8)])
+    assert seed_of_choice(-5, 0) == -5
 
 
 def test_uniform_covers_its_interval() -> None:

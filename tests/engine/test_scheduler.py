@@ -552,6 +552,24 @@ def test_a_failed_span_ends_its_request_alone() -> None:
     assert scheduler.idle and scheduler.pool.num_used == 0
 
 
+def test_a_choice_that_fails_ends_the_others_of_its_request() -> None:
+    """Also those behind it in the same step, and those that still wait."""
+    scheduler = make_scheduler(max_running=3)
+    for sequence in [*make_choices("bad", num_choices=3, max_tokens=9), make_sequence("good")]:
+        scheduler.add(sequence)
+    batch = scheduler.schedule()
+    assert batch is not None and len(batch.spans) == 3 and scheduler.num_waiting == 1
+    outputs = [SpanOutput(5), SpanOutput(error_code="internal_error"), SpanOutput(6)]
+    assert scheduler.commit(batch, outputs) == [
+        TokenEvent("bad", 5),
+        TokenEvent("bad", None, "error", "internal_error", choice=1),
+        TokenEvent("bad", None, "abort", choice=0),
+        TokenEvent("bad", None, "abort", choice=2),
+    ]
+    scheduler.check()
+    assert [event.request_id for event in answer(scheduler)] == ["good"] * 4
+
+
 def test_aborting_what_is_not_there_is_harmless() -> None:
     assert make_scheduler().abort("nobody") == []
 
@@ -581,6 +599,22 @@ def test_choices_have_their_picture_encoded_once() -> None:
     answer(scheduler, cache)
     assert cache.num_tiles == len(PICTURE.layout.tile_queries)
     assert scheduler.encoder_cache.held_bytes == 0
+
+
+def test_who_takes_over_the_positions_of_a_picture_lets_go_of_its_encoding() -> None:
+    scheduler, cache = make_scheduler(num_blocks=99, max_tokens=16), FakeCache(4)
+    first, second = make_choices(num_choices=2, prompt=(PICTURE, *range(30)), max_tokens=1)
+    scheduler.add(first)
+    scheduler.add(second)
+    while first.num_computed < first.media[0].stop:
+        batch = scheduler.schedule()
+        assert batch is not None
+        assert second.media[0].encoding is not None
+        scheduler.commit(batch, cache.run(batch))
+    scheduler.schedule()
+    assert second.num_computed >= second.media[0].stop and second.num_to_compute > 1
+    assert second.media[0].encoding is None
+    scheduler.check()
 
 
 def test_what_was_in_the_cache_when_a_request_came_is_told_once() -> None:
@@ -821,8 +855,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         batch = self.scheduler.schedule()
         for index, (sequence, part) in enumerate(batch.alone() if batch else ()):
             if index == number:
-                self.note([self.scheduler.fail(sequence, error_code="internal_error")])
-            else:
+                self.note(self.scheduler.fail(sequence, error_code="internal_error"))
+            elif sequence.status == "running":
                 self.note(self.scheduler.commit(part, self.cache.run(part)))
 
     @rule(number=st.integers(0, 40))

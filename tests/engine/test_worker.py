@@ -173,6 +173,44 @@ def test_an_abort_takes_effect_before_the_next_step() -> None:
     assert scheduler.pool.num_used == 0
 
 
+def test_choices_are_announced_as_one_and_answered_each() -> None:
+    channel, scheduler = run([[submit("a", max_tokens=1, num_choices=3)]], max_running=3)
+    assert channel.sent[0] == Joined(("a",))
+    assert channel.events == [TokenEvent("a", 7, "length", choice=choice) for choice in range(3)]
+    assert scheduler.pool.num_used == 0
+
+
+def test_one_choice_is_aborted_or_all() -> None:
+    script: list[list[ToEngine]] = [
+        [submit("a", max_tokens=50, num_choices=3)],
+        [Abort("a", 1)],
+        [Abort("a")],
+    ]
+    channel, scheduler = run(script, max_running=3)
+    aborted = [event.choice for event in channel.events if event.finish_reason == "abort"]
+    assert aborted == [1, 0, 2]
+    assert scheduler.pool.num_used == 0
+
+
+@pytest.mark.parametrize("max_running", [1, 2, 5])
+def test_choices_that_fail_end_their_request_and_not_the_process(max_running: int) -> None:
+    """Each would fail in a step of its own, and two such steps in a row end the process."""
+    script: list[list[ToEngine]] = [
+        [submit("bad", num_choices=4), submit("good", max_tokens=1)],
+        [],
+        [],
+    ]
+    channel, scheduler = run(script, ScriptedRunner(raise_for("bad")), max_running=max_running)
+    ends = [(e.request_id, e.finish_reason) for e in channel.events if e.finish_reason != "abort"]
+    assert sorted(ends) == [("bad", "error"), ("good", "length")]
+    assert scheduler.pool.num_used == 0
+
+
+def test_choices_that_should_not_have_come_get_one_error_event() -> None:
+    channel, _ = run([[submit("bad", max_tokens=10_000, num_choices=3)]])
+    assert channel.events == [TokenEvent("bad", None, "error", "context_length_exceeded")]
+
+
 def test_aborting_the_unknown_is_harmless() -> None:
     channel, _ = run([[Abort("nobody"), submit("a", max_tokens=1)]])
     assert channel.events == [TokenEvent("a", 7, "length")]
