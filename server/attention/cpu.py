@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import math
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from server.attention.inputs import AttentionInputs, LayerCache
-from server.attention.sdpa import attend_causally
+from server.attention.sdpa import attend_causally, zero_pages
 
 MAX_KERNEL_QUERIES = 8
 """Of one sequence in one step; with more, torch's matrix products are faster."""
 
-MIN_TOKENS_TO_SHARE = 16
-"""Fewer tokens are written by the calling thread alone: the others would come too late."""
+MIN_BYTES_TO_SHARE = 256 * 1024
+"""Less than this is read or written by the calling thread alone: it takes some 10 microseconds,
+and the others, should the machine be busy, can make it wait for milliseconds."""
 
 _log = logging.getLogger(__name__)
 
@@ -58,15 +57,12 @@ class CpuBackend:
         dtype: torch.dtype,
         device: str,
     ) -> list[LayerCache]:
-        def pages(*shape: int) -> Tensor:
-            # numpy's zeros take no memory before they are written to; torch's take it at once
-            zeros = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
-            return torch.from_numpy(zeros).view(dtype).view(shape)
-
+        keys = (num_pages, num_kv_heads, head_dim, self.page_size)
+        values = (num_pages, num_kv_heads, self.page_size, head_dim)
         return [
             LayerCache(
-                keys=pages(num_pages, num_kv_heads, head_dim, self.page_size),
-                values=pages(num_pages, num_kv_heads, self.page_size, head_dim),
+                keys=zero_pages(keys, dtype=dtype, device=device),
+                values=zero_pages(values, dtype=dtype, device=device),
             )
             for _ in range(num_layers)
         ]
@@ -80,7 +76,7 @@ class CpuBackend:
         arguments = self._arguments(cache, num_tasks=num_tokens)
         arguments.new_keys, arguments.new_values = keys.data_ptr(), values.data_ptr()
         arguments.slots = inputs.slot_mapping.data_ptr()
-        run_in_threads(write, arguments, is_shared=num_tokens >= MIN_TOKENS_TO_SHARE)
+        run_in_threads(write, arguments, num_bytes=keys.nbytes + values.nbytes)
 
     def attend(self, queries: Tensor, cache: LayerCache, inputs: AttentionInputs) -> Tensor:
         num_sequences = len(inputs.seqused_k)
@@ -99,7 +95,8 @@ class CpuBackend:
             arguments.lengths = inputs.seqused_k.data_ptr()
             arguments.block_table, arguments.table_width = table.data_ptr(), table.shape[1]
             arguments.max_queries = MAX_KERNEL_QUERIES
-            run_in_threads(attend, arguments, is_shared=True)
+            most_read = 2 * num_sequences * inputs.max_k * cache.keys[0, :, :, 0].nbytes
+            run_in_threads(attend, arguments, num_bytes=most_read)
         for index, length in enumerate(lengths):
             if length > MAX_KERNEL_QUERIES:
                 keys, values = self._gathered(cache, inputs, index)
@@ -148,11 +145,11 @@ def _compiled_write(head_dim: int, page_size: int, dtype: torch.dtype) -> Any:
     )
 
 
-def run_in_threads(function: Any, arguments: Any, *, is_shared: bool) -> None:
+def run_in_threads(function: Any, arguments: Any, *, num_bytes: int) -> None:
     """Calls a kernel from torch's own threads: a second pool would fight them for the cores."""
     team = _openmp()
     num_threads = torch.get_num_threads()
-    if team is None or not is_shared or num_threads == 1:
+    if team is None or num_bytes < MIN_BYTES_TO_SHARE or num_threads == 1:
         function.ctypes(ctypes.addressof(arguments))
     else:
         team.GOMP_parallel(

@@ -44,6 +44,30 @@ STORAGE = {"torch.float32": FLOAT32, "torch.bfloat16": BFLOAT16, "torch.float16"
 ELEMENT_BYTES = {FLOAT32: 4, BFLOAT16: 2, FLOAT16: 2}
 
 
+FIELDS = (
+    "next_task",
+    "num_tasks",
+    "num_kv_heads",
+    "keys",
+    "values",
+    "queries",
+    "output",
+    "bounds",
+    "lengths",
+    "block_table",
+    "table_width",
+    "max_queries",
+    "new_keys",
+    "new_values",
+    "slots",
+)
+NUM_FIELDS = len(FIELDS)
+NEXT_TASK, NUM_TASKS, NUM_KV_HEADS, KEYS, VALUES, QUERIES, OUTPUT = range(7)
+BOUNDS, LENGTHS, BLOCK_TABLE, TABLE_WIDTH, MAX_QUERIES = range(7, 12)
+NEW_KEYS, NEW_VALUES, SLOTS = range(12, NUM_FIELDS)
+"""Where each field of `Arguments` stands: compiled code sees it as an array of 64-bit numbers."""
+
+
 class Arguments(ctypes.Structure):
     """What both kernels are called with; addresses of contiguous tensors, and sizes.
 
@@ -56,26 +80,7 @@ class Arguments(ctypes.Structure):
     new_keys, new_values  [tokens, kv_heads, head_dim], to be written to slots (int64 [tokens])
     """
 
-    _fields_ = [
-        (name, ctypes.c_int64)
-        for name in (
-            "next_task",
-            "num_tasks",
-            "num_kv_heads",
-            "keys",
-            "values",
-            "queries",
-            "output",
-            "bounds",
-            "lengths",
-            "block_table",
-            "table_width",
-            "max_queries",
-            "new_keys",
-            "new_values",
-            "slots",
-        )
-    ]
+    _fields_ = [(name, ctypes.c_int64) for name in FIELDS]
 
 
 def _vector(element: Any, width: int) -> Any:
@@ -280,17 +285,18 @@ def compile_attend(*, group: int, head_dim: int, page_size: int, storage: int) -
     page_bytes = head_dim * page_size * ELEMENT_BYTES[storage]
 
     def attend(address: Any) -> None:
-        call = carray(address, (15,), np.int64)
-        num_tasks, num_kv_heads = call[1], call[2]
-        keys, values, queries, output = call[3], call[4], call[5], call[6]
-        table_width, max_queries = call[10], call[11]
+        call = carray(address, (NUM_FIELDS,), np.int64)
+        next_task = call[NEXT_TASK:].ctypes.data
+        num_tasks, num_kv_heads = call[NUM_TASKS], call[NUM_KV_HEADS]
+        keys, values, queries, output = call[KEYS], call[VALUES], call[QUERIES], call[OUTPUT]
+        table_width, max_queries = call[TABLE_WIDTH], call[MAX_QUERIES]
         num_sequences = num_tasks // num_kv_heads
-        bounds = carray(_pointer(call[7]), (num_sequences + 1,), np.int32)
-        lengths = carray(_pointer(call[8]), (num_sequences,), np.int32)
-        table = carray(_pointer(call[9]), (num_sequences, table_width), np.int32)
+        bounds = carray(_pointer(call[BOUNDS]), (num_sequences + 1,), np.int32)
+        lengths = carray(_pointer(call[LENGTHS]), (num_sequences,), np.int32)
+        table = carray(_pointer(call[BLOCK_TABLE]), (num_sequences, table_width), np.int32)
         state = np.empty(2 * group, np.float32)
         while True:
-            task = _fetch_add(call.ctypes.data)
+            task = _fetch_add(next_task)
             if task >= num_tasks:
                 break
             sequence = task // num_kv_heads
@@ -346,22 +352,27 @@ def compile_write(*, head_dim: int, page_size: int, storage: int) -> Any:
     element = np.float32 if storage == FLOAT32 else np.uint16
 
     def write(address: Any) -> None:
-        call = carray(address, (15,), np.int64)
-        num_tokens, num_kv_heads = call[1], call[2]
+        call = carray(address, (NUM_FIELDS,), np.int64)
+        next_task = call[NEXT_TASK:].ctypes.data
+        num_tokens, num_kv_heads = call[NUM_TASKS], call[NUM_KV_HEADS]
         row = (num_kv_heads, head_dim)
-        slots = carray(_pointer(call[14]), (num_tokens,), np.int64)
+        slots = carray(_pointer(call[SLOTS]), (num_tokens,), np.int64)
         while True:
-            token = _fetch_add(call.ctypes.data)
+            token = _fetch_add(next_task)
             if token >= num_tokens:
                 break
             page = slots[token] // page_size
             offset = slots[token] % page_size
             start = page * num_kv_heads * page_bytes
             new_start = token * num_kv_heads * head_dim * element_bytes
-            new_keys = carray(_pointer(call[12] + new_start), row, element)
-            new_values = carray(_pointer(call[13] + new_start), row, element)
-            keys = carray(_pointer(call[3] + start), (num_kv_heads, head_dim, page_size), element)
-            values = carray(_pointer(call[4] + start), (num_kv_heads, page_size, head_dim), element)
+            new_keys = carray(_pointer(call[NEW_KEYS] + new_start), row, element)
+            new_values = carray(_pointer(call[NEW_VALUES] + new_start), row, element)
+            keys = carray(
+                _pointer(call[KEYS] + start), (num_kv_heads, head_dim, page_size), element
+            )
+            values = carray(
+                _pointer(call[VALUES] + start), (num_kv_heads, page_size, head_dim), element
+            )
             for head in range(num_kv_heads):
                 for dimension in range(head_dim):
                     keys[head, dimension, offset] = new_keys[head, dimension]

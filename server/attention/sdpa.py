@@ -34,12 +34,7 @@ class SdpaBackend:
         shape = (num_pages, self.page_size, num_kv_heads, head_dim)
 
         def pages() -> Tensor:
-            # zeros, not empty: what lies behind a sequence's end must never be NaN
-            if torch.device(device).type != "cpu":
-                return torch.zeros(shape, dtype=dtype, device=device)
-            # numpy's zeros take no memory before they are written to; torch's take it at once
-            zeros = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
-            return torch.from_numpy(zeros).view(dtype).view(shape)
+            return zero_pages(shape, dtype=dtype, device=device)
 
         return [LayerCache(keys=pages(), values=pages()) for _ in range(num_layers)]
 
@@ -62,6 +57,15 @@ class SdpaBackend:
             values = cache.values.index_select(0, pages).flatten(0, 1)[:num_keys]
             output[start:stop] = attend_causally(queries[start:stop], keys, values)
         return output
+
+
+def zero_pages(shape: tuple[int, ...], *, dtype: torch.dtype, device: str) -> Tensor:
+    """Zeros, and not just memory: what lies behind a sequence's end must never be NaN."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy's zeros take no memory before they are written to; torch's take it at once
+    zeros = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(zeros).view(dtype).view(shape)
 
 
 def attend_causally(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
