@@ -120,10 +120,11 @@ class Admissions:
             self._count_waiting(admitted, -1)
 
     def meet_crash(self, admitted: Admitted) -> None:
-        """The process ended while it was computed: it waits again, for the next one."""
+        """The process ended while it was, or may have been, computed: it waits for the next one."""
         admitted.num_crashes += 1
-        admitted.is_waiting = True
-        self._count_waiting(admitted, 1)
+        if not admitted.is_waiting:
+            admitted.is_waiting = True
+            self._count_waiting(admitted, 1)
         self._suspects[admitted.request.request_id] = admitted
 
     def leave(self, admitted: Admitted) -> None:

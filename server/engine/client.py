@@ -290,11 +290,15 @@ class EngineClient:
     def on_lost(self, *, is_final: bool) -> None:
         self._totals_of_the_gone = self._stats.totals
         self._stats = EngineStats(totals=self._totals_of_the_gone)
+        # A process may end before its word of who joined has left it. Where nobody is known to
+        # have been computed, it may have been anyone who was sent.
+        is_known = any(not admitted.is_waiting for admitted in self._requests)
         for admitted in self._requests:
             if is_final or not admitted.frames:
                 self._end(admitted, "worker_restarting")
                 continue
-            if not admitted.is_waiting:
+            is_met = not (admitted.is_waiting if is_known else admitted.is_held_back)
+            if is_met:
                 self._requests.meet_crash(admitted)
             admitted.is_held_back = admitted.num_crashes > 0
             if admitted.num_crashes >= MAX_CRASHES_MET:
