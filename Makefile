@@ -5,7 +5,8 @@
 #   make test       format, lint, types and tests
 #   make check      format, lint, types and import direction
 #   make fix        repair format and what lint can repair
-#   make bench      time a model: [MODEL=] or [URL=of a running server]
+#   make bench      time machine, engine and server: [MODEL=] [URL=of a running server] [QUICK=1]
+#                   [ONLY=limits,engine,http,media] [LABEL=]; results in benchmarks/results
 #   make demo-model train the embedded demo model again (hours): build/demo-model/export is what to
 #                   copy to server/demo; run again, it goes on where it was stopped
 #   make docker-check  replay the image's install and start steps without a container engine
@@ -17,6 +18,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH_STAMP := $(VENV)/.installed-bench
 CHECKED := server tests tools benchmarks
 
 # The first interpreter that is new enough. PYTHON=... chooses another.
@@ -40,6 +42,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
 	@touch $@
 
+# What only the plot of a measurement needs.
+$(BENCH_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@touch $@
+
 serve: $(STAMP)
 	@$(BIN)/hcx-server serve --config '$(CONFIG)' $(call given,MODEL,model) \
 		$(call given,REVISION,revision) $(call given,HOST,host) $(call given,PORT,port) \
@@ -58,8 +65,9 @@ fix: $(STAMP)
 	$(BIN)/ruff check --fix $(CHECKED)
 	$(BIN)/ruff format $(CHECKED)
 
-bench: $(STAMP)
-	$(BIN)/python -m benchmarks.load $(call given,MODEL,model) $(call given,URL,url)
+bench: $(BENCH_STAMP)
+	@$(BIN)/python -m benchmarks $(call given,MODEL,model) $(call given,URL,url) \
+		$(call given,ONLY,only) $(call given,LABEL,label) $(if $(QUICK),--quick)
 
 demo-model: $(STAMP)
 	$(BIN)/python -m tools.demo_model
