@@ -34,9 +34,8 @@ from server.engine.runner import Runner
 from server.engine.sequence import Batch, Span, VisionSlice
 from server.engine.sequence import Sequence as EngineSequence
 from server.engine.worker_main import choose_dtype
-from server.model.checkpoint import load_model
+from server.model.checkpoint import load_model, pack_for_cpu
 from server.model.config import CheckpointInfo, read_checkpoint
-from server.model.layers import pack_linear_layers
 from server.model.vlm import VisionLanguageModel
 
 MAX_STEP_TOKENS = 2048
@@ -154,11 +153,11 @@ def load_engine(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = choose_dtype(dtype, info, device=device)
-    backend = choose_backend(attention, device=device)
+    backend = choose_backend(attention, device=device, dtype=getattr(torch, dtype))
     model = load_model(
         info, device=device, dtype=dtype, backend=backend, progress=lambda done, total: None
     )
-    pack_linear_layers(model)
+    pack_for_cpu(model, info)
     block_size = backend.page_size
     num_blocks = _count_blocks(
         info, shapes, block_size, max_bytes // (block_size * info.kv_bytes_per_token(dtype))

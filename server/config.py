@@ -112,7 +112,7 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=
 
     attention_backend: Annotated[str, Field(min_length=1)] = "auto"
     num_threads: PositiveInt | None = None
-    block_size: PositiveInt = 64
+    block_size: PositiveInt | None = None
     kv_cache_bytes: PositiveInt | None = None
     encoder_cache_bytes: PositiveInt = 256 * _MIB
     max_tokens_per_step: PositiveInt | None = None
@@ -184,6 +184,11 @@ def load_config(path: Path | None = None, flags: Values | None = None) -> Config
     if config.http.api_keys_file is None:
         return config
     return _with_keys_of_file(config, config.http.api_keys_file)
+
+
+def environment_with(defaults: Mapping[str, str]) -> dict[str, str]:
+    """This process's own environment for a child, with values for what it does not set."""
+    return {**defaults, **os.environ}
 
 
 def _values_in_file(path: Path) -> Values:

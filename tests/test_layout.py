@@ -21,8 +21,9 @@ ALLOWED: dict[str, set[str]] = {
     "hub": {"errors"},
     "media": {"config", "errors"},
     "vision": {"core", "errors"},
-    "attention": {"errors"},
-    "model": {"core", "attention", "errors"},
+    "kernels": set(),
+    "attention": {"errors", "kernels"},
+    "model": {"core", "attention", "kernels", "errors"},
     "engine": {"core", "config", "errors", "attention", "model"},
     "chat": {"core", "config", "errors", "media", "vision"},
     "api": {"core", "config", "errors", "chat", "telemetry", "media.store", "engine.client"},
@@ -35,9 +36,11 @@ ALSO_ALLOWED: dict[str, set[str]] = {"engine.client": {"telemetry"}}
 # What runs in the engine process only; everything else also runs beside the HTTP server.
 ENGINE_PROCESS_ONLY = {
     "attention",
+    "kernels",
     "model.checkpoint",
     "model.decoder",
     "model.layers",
+    "model.pointwise",
     "model.projector",
     "model.vision_tower",
     "model.vlm",

@@ -5,12 +5,15 @@ others are tested against.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from server.attention.cpu import CpuBackend, load_kernels
+from server.attention import cpu, cuda
+from server.attention.cpu import CpuBackend
+from server.attention.cuda import CudaBackend
 from server.attention.inputs import AttentionInputs, LayerCache
 from server.attention.sdpa import SdpaBackend
 from server.errors import ConfigError
@@ -54,23 +57,48 @@ class AttentionBackend(Protocol):
         ...
 
 
-BACKENDS: dict[str, Callable[[int], AttentionBackend]] = {
-    "sdpa": lambda page_size: SdpaBackend(page_size=page_size),
-    "cpu": lambda page_size: CpuBackend(page_size=page_size),
+@dataclass(frozen=True, slots=True)
+class BackendKind:
+    """A row of `BACKENDS`."""
+
+    build: Callable[[int], AttentionBackend]
+    """page size -> backend"""
+    page_size: int
+    """Where none is asked for."""
+    problem: Callable[[torch.device, torch.dtype], str | None]
+    """Why there is none for this device and type of keys and values; None where there is."""
+
+
+BACKENDS: dict[str, BackendKind] = {
+    "cuda": BackendKind(
+        lambda page_size: CudaBackend(page_size=page_size), 256, cuda.problem_on_device
+    ),
+    "cpu": BackendKind(
+        lambda page_size: CpuBackend(page_size=page_size), 64, cpu.problem_on_device
+    ),
+    "sdpa": BackendKind(
+        lambda page_size: SdpaBackend(page_size=page_size), 64, lambda device, dtype: None
+    ),
 }
-"""By name: page size -> backend."""
+"""By name, the fastest first."""
 
 
-def choose_backend(name: str = "auto", *, device: str, page_size: int = 64) -> AttentionBackend:
-    """The backend called `name`, or the best one for the device."""
-    is_cpu = torch.device(device).type == "cpu"
+def choose_backend(
+    name: str = "auto",
+    *,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    page_size: int | None = None,
+) -> AttentionBackend:
+    """The backend called `name`, or the fastest for the device; ConfigError where there is none."""
+    place = torch.device(device)
     if name == "auto":
-        name = "cpu" if is_cpu and load_kernels() is not None else "sdpa"
+        name = next(each for each, kind in BACKENDS.items() if not kind.problem(place, dtype))
     if name not in BACKENDS:
         known = ", ".join(["auto", *BACKENDS])
         raise ConfigError(f"engine.attention_backend is '{name}'; it can be one of: {known}")
-    if name == "cpu" and not is_cpu:
-        raise ConfigError(f"engine.attention_backend 'cpu' does not run on the device '{device}'")
-    if name == "cpu" and load_kernels() is None:
-        raise ConfigError("engine.attention_backend 'cpu' needs numba, which is not installed")
-    return BACKENDS[name](page_size)
+    kind = BACKENDS[name]
+    problem = kind.problem(place, dtype)
+    if problem is not None:
+        raise ConfigError(f"engine.attention_backend '{name}' {problem}")
+    return kind.build(page_size or kind.page_size)

@@ -6,12 +6,8 @@ it. A long chunk of a prompt is bound by multiplications and is attended as the 
 
 from __future__ import annotations
 
-import ctypes
-import logging
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,26 +15,17 @@ from torch import Tensor
 
 from server.attention.inputs import AttentionInputs, LayerCache
 from server.attention.sdpa import attend_causally, zero_pages
+from server.kernels.loading import load_kernels, run_in_threads
 
 MAX_KERNEL_QUERIES = 8
 """Of one sequence in one step; with more, torch's matrix products are faster."""
 
-MIN_BYTES_TO_SHARE = 256 * 1024
-"""Less than this is read or written by the calling thread alone: it takes some 10 microseconds,
-and the others, should the machine be busy, can make it wait for milliseconds."""
 
-_log = logging.getLogger(__name__)
-
-
-@cache
-def load_kernels() -> ModuleType | None:
-    """The module of compiled kernels; None, with a warning, where numba is not to be had."""
-    try:
-        from server.attention import cpu_kernel
-    except ImportError:
-        _log.warning("numba cannot be imported: attention on this CPU takes the slower reference")
-        return None
-    return cpu_kernel
+def problem_on_device(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot be had; None where it can."""
+    if device.type != "cpu":
+        return f"does not run on the device '{device}'"
+    return None if load_kernels() is not None else "needs numba, which is not installed"
 
 
 class CpuBackend:
@@ -119,7 +106,7 @@ class CpuBackend:
     def _arguments(self, cache: LayerCache, *, num_tasks: int) -> Any:
         kernels = load_kernels()
         assert kernels is not None  # or this backend would not have been chosen
-        return kernels.Arguments(
+        return kernels.AttentionArguments(
             num_tasks=num_tasks,
             num_kv_heads=cache.keys.shape[1],
             keys=cache.keys.data_ptr(),
@@ -143,26 +130,3 @@ def _compiled_write(head_dim: int, page_size: int, dtype: torch.dtype) -> Any:
     return kernels.compile_write(
         head_dim=head_dim, page_size=page_size, storage=kernels.STORAGE[str(dtype)]
     )
-
-
-def run_in_threads(function: Any, arguments: Any, *, num_bytes: int) -> None:
-    """Calls a kernel from torch's own threads: a second pool would fight them for the cores."""
-    team = _openmp()
-    num_threads = torch.get_num_threads()
-    if team is None or num_bytes < MIN_BYTES_TO_SHARE or num_threads == 1:
-        function.ctypes(ctypes.addressof(arguments))
-    else:
-        team.GOMP_parallel(
-            ctypes.c_void_p(function.address), ctypes.byref(arguments), num_threads, 0
-        )
-
-
-@cache
-def _openmp() -> ctypes.CDLL | None:
-    """The OpenMP library that torch brought and loaded; None where it is another kind."""
-    folder = Path(torch.__file__).parent
-    for place in (folder / "lib", folder.parent / "torch.libs"):
-        for path in sorted(place.glob("libgomp*.so*")):
-            return ctypes.CDLL(str(path))
-    _log.warning("torch has no libgomp of its own: attention runs in one thread")
-    return None

@@ -25,7 +25,7 @@ class Start(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     attention: str
     max_context: int | None
     num_threads: int | None
-    block_size: int
+    block_size: int | None
     kv_cache_bytes: int | None
     encoder_cache_bytes: int
     max_requests_running: int

@@ -30,9 +30,9 @@ from server.engine.scheduler import Scheduler
 from server.engine.warm_up import warm_up
 from server.engine.worker import StepRunner, Worker
 from server.errors import CheckpointError, ConfigError
-from server.model.checkpoint import load_model
+from server.model.checkpoint import DTYPES, load_model, pack_for_cpu
 from server.model.config import CheckpointInfo, read_checkpoint
-from server.model.layers import has_half_units, pack_linear_layers
+from server.model.layers import has_half_units
 from server.model.tensors import DTYPE_BYTES
 
 _PR_SET_PDEATHSIG = 1
@@ -73,13 +73,15 @@ def _load(channel: SocketChannel, wrap: Callable[[Runner], StepRunner]) -> Worke
     info = read_checkpoint(Path(start.checkpoint))
     device = _choose_device(start.device)
     dtype = choose_dtype(start.dtype, info, device=device)
-    backend = choose_backend(start.attention, device=device, page_size=start.block_size)
+    backend = choose_backend(
+        start.attention, device=device, dtype=DTYPES[dtype], page_size=start.block_size
+    )
 
     def report(num_bytes: int, total_bytes: int) -> None:
         channel.send(Loading(num_bytes, total_bytes))
 
     model = load_model(info, device=device, dtype=dtype, backend=backend, progress=report)
-    pack_linear_layers(model)
+    pack_for_cpu(model, info)
     context_length = min(info.context_length, start.max_context or info.context_length)
     block_size = backend.page_size
     num_blocks = _count_blocks(start, info, device, dtype, block_size, context_length)
@@ -89,7 +91,7 @@ def _load(channel: SocketChannel, wrap: Callable[[Runner], StepRunner]) -> Worke
             num_blocks,
             num_kv_heads=info.text.num_kv_heads,
             head_dim=info.text.head_dim,
-            dtype=getattr(torch, dtype),
+            dtype=DTYPES[dtype],
             device=device,
         )
     except (MemoryError, torch.OutOfMemoryError) as error:

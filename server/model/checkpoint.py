@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from server.attention.backend import AttentionBackend
 from server.errors import CheckpointError
-from server.model.config import CheckpointInfo
-from server.model.layers import FusedLinear
+from server.model.config import EMBEDDING, CheckpointInfo
+from server.model.layers import EmbeddingInFile, FusedLinear, PackedLinear, pack_linear_layers
 from server.model.tensors import (
     TensorEntry,
     listed,
@@ -50,6 +50,24 @@ def load_model(
     _fill(places, entries, progress)
     # parameters are in place: this moves the few buffers that no checkpoint holds
     return model.to(device).requires_grad_(False).eval()
+
+
+def pack_for_cpu(model: VisionLanguageModel, info: CheckpointInfo) -> None:
+    """Puts the weights of linear layers where they can be packed; each is still held once.
+
+    A head tied to the embedding is packed like any other; the embedding, of which a step reads a
+    few rows, is then read from the checkpoint's file.
+    """
+    pack_linear_layers(model)
+    decoder = model.language_model
+    if info.text.is_tied and isinstance(decoder.lm_head, PackedLinear):
+        entry = _entries_to_load(info)[EMBEDDING]
+        try:
+            with safe_open(entry.file, framework="pt", device="cpu") as tensors:
+                table = tensors.get_tensor(entry.stored_name)
+        except (SafetensorError, OSError) as cause:
+            raise open_error(entry.file, cause) from cause
+        decoder.embed_tokens = EmbeddingInFile(table, dtype=decoder.norm.weight.dtype)
 
 
 def check_tensors(info: CheckpointInfo, *, backend: AttentionBackend) -> None:
@@ -89,18 +107,17 @@ def _entries_to_load(info: CheckpointInfo) -> dict[str, TensorEntry]:
 def _parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {
         name: tuple(tensor.shape)
-        for prefix, module in model.named_modules()
-        for parameter_name, parameter in module.named_parameters(recurse=False)
-        for name, tensor in _places(prefix, module, parameter_name, parameter)
+        for full_name, parameter in model.named_parameters()  # a shared one once
+        for name, tensor in _places(model, full_name, parameter)
     }
 
 
-def _places(
-    prefix: str, module: nn.Module, parameter_name: str, tensor: Tensor
-) -> Iterator[tuple[str, Tensor]]:
-    """The checkpoint's names for one parameter of a module, each with its part of `tensor`."""
+def _places(model: nn.Module, full_name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint's names for one parameter, each with its part of `tensor`."""
+    prefix, _, parameter_name = full_name.rpartition(".")
+    module = model.get_submodule(prefix)
     if not isinstance(module, FusedLinear):
-        yield f"{prefix}.{parameter_name}" if prefix else parameter_name, tensor
+        yield full_name, tensor
         return
     beside = prefix.rpartition(".")[0]
     parts = tensor.split_with_sizes(list(module.parts.values()))
@@ -130,11 +147,14 @@ def _check(
 def _allocate(model: nn.Module, *, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Storage for every parameter; the place, by name, that a checkpoint's tensor is copied to."""
     places: dict[str, Tensor] = {}
-    for prefix, module in model.named_modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
+    stored: dict[nn.Parameter, nn.Parameter] = {}
+    for full_name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if parameter not in stored:
             storage = torch.empty(parameter.shape, dtype=dtype, device=device)
-            setattr(module, name, nn.Parameter(storage, requires_grad=False))
-            places.update(_places(prefix, module, name, storage))
+            stored[parameter] = nn.Parameter(storage, requires_grad=False)
+            places.update(_places(model, full_name, storage))
+        prefix, _, name = full_name.rpartition(".")
+        setattr(model.get_submodule(prefix), name, stored[parameter])
     return places
 
 

@@ -5,7 +5,6 @@ Modules carry the checkpoint's names below `language_model.model.` (`model.` for
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from server.attention.backend import AttentionBackend, AttentionInputs, LayerCache
 from server.model.config import TextConfig
@@ -78,11 +77,9 @@ class Decoder(nn.Module):
         self.rotary = RotaryEmbedding(
             config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling
         )
-        self.lm_head = (
-            None
-            if config.is_tied
-            else nn.Linear(config.hidden_size, config.logits_rows, bias=False)
-        )
+        self.lm_head = nn.Linear(config.hidden_size, config.logits_rows, bias=False)
+        if config.is_tied:
+            self.lm_head.weight = self.embed_tokens.weight
         ids = torch.tensor(tokenless_ids, dtype=torch.int64, device="cpu")
         self.register_buffer("tokenless_ids", ids, persistent=False)
 
@@ -102,6 +99,5 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [rows, hidden] -> float32 [rows, logits_rows]; ids without a token are -inf."""
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        logits = F.linear(hidden, head.weight).float()
+        logits = project(self.lm_head, hidden).float()
         return logits.index_fill_(1, self.tokenless_ids, -torch.inf)

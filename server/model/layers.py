@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from server.model import pointwise
 from server.model.config import Llama3Scaling
 
 MIN_ROWS_TO_WIDEN = 32
@@ -96,19 +97,30 @@ class PackedLinear(nn.Module):
 
 
 def pack_linear_layers(model: nn.Module) -> None:
-    """Packs every linear layer on the CPU that is read through `project`, one after another.
+    """Packs every linear layer on the CPU, one after another.
 
-    Only where the CPU multiplies the layer's type itself, and only layers that `forward` is called
-    of: a head is read by its weight.
+    Only where the CPU multiplies the layer's type itself.
     """
     for module in model.modules():
         for name, child in list(module.named_children()):
-            if not isinstance(child, nn.Linear | FusedLinear) or name == "lm_head":
+            if not isinstance(child, nn.Linear | FusedLinear):
                 continue
             weight = child.weight
             is_fast = weight.dtype == torch.float32 or has_half_units(weight.dtype)
             if weight.device.type == "cpu" and is_fast:
                 setattr(module, name, PackedLinear(child))
+
+
+class EmbeddingInFile(nn.Module):
+    """Embeddings whose table stays in its file, of which only pages that are read take memory."""
+
+    def __init__(self, table: Tensor, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        # No buffer: it must not be moved or saved.
+        self.table, self.dtype = [table], dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.table[0]).to(self.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -120,6 +132,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: Tensor) -> Tensor:
+        if pointwise.is_compiled(hidden):
+            return pointwise.norm(hidden, self.weight, eps=self.eps)
         return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
 
@@ -133,7 +147,10 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        gate, up = project(self.gate_up_proj, hidden).chunk(2, dim=-1)
+        gate_up = project(self.gate_up_proj, hidden)
+        if pointwise.is_compiled(gate_up):
+            return project(self.down_proj, pointwise.gate(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
         return project(self.down_proj, F.silu(gate) * up)
 
 
@@ -170,6 +187,8 @@ def stretch_low_frequencies(frequencies: Tensor, scaling: Llama3Scaling) -> Tens
 
 def rotate(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate [tokens, heads, head_dim]: dimension i is paired with i + head_dim / 2."""
+    if pointwise.is_compiled(heads):
+        return pointwise.rotate(heads, rotation)
     cosine, signed_sine = rotation
     wide = heads.float()
     partners = wide.roll(wide.shape[-1] // 2, dims=-1)

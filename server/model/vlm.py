@@ -89,7 +89,7 @@ class VisionLanguageModel(nn.Module):
             tokens = torch.cat([*features, self._newline(features[0])[None]])
         else:
             tokens = torch.cat(features)
-        tokens = tokens.to(self.language_model.embed_tokens.weight.dtype)
+        tokens = tokens.to(self.language_model.norm.weight.dtype)
         if len(tokens) != layout.num_tokens:
             raise ValueError(f"{len(tokens)} features for {layout.num_tokens} placeholders")
         return tokens

@@ -1,147 +1,23 @@
-"""Every backend against plain dense attention in float64, over scattered pages."""
+"""The backends for CPUs against plain dense attention in float64, over scattered pages."""
 
 import sys
-from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
 
-from server import attention
-from server.attention import cpu
-from server.attention.backend import (
-    BACKENDS,
-    AttentionBackend,
-    AttentionInputs,
-    choose_backend,
-)
-from server.attention.cpu import MAX_KERNEL_QUERIES, CpuBackend, load_kernels
-from server.attention.sdpa import MAX_QUERY_ROWS, SdpaBackend
+from server import kernels
+from server.attention.backend import AttentionInputs, choose_backend
+from server.attention.cpu import MAX_KERNEL_QUERIES, CpuBackend
+from server.attention.sdpa import SdpaBackend
 from server.errors import ConfigError
+from server.kernels import loading
+from server.kernels.loading import load_kernels
+from tests.attention.scenes import LENGTHS, attend, build_scene, expected
 
-HEAD_DIM = 16
-
-
-@dataclass
-class Scene:
-    """Sequences with their full keys and values, and the cache that holds them in random pages."""
-
-    backend: AttentionBackend
-    inputs: AttentionInputs
-    queries: Tensor
-    keys: list[Tensor]
-    values: list[Tensor]
-    new_keys: Tensor
-    new_values: Tensor
+CPU_BACKENDS = ("cpu", "sdpa")
 
 
-def dense_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """One sequence: queries [q, h, d] are the last q positions of keys [k, kv, d]. Float64."""
-    group = queries.shape[1] // keys.shape[1]
-    keys = keys.double().repeat_interleave(group, dim=1)
-    values = values.double().repeat_interleave(group, dim=1)
-    scores = torch.einsum("qhd,khd->hqk", queries.double(), keys) / HEAD_DIM**0.5
-    query_positions = torch.arange(len(queries)) + len(keys) - len(queries)
-    hidden = torch.arange(len(keys))[None, :] > query_positions[:, None]
-    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-    return torch.einsum("hqk,khd->qhd", weights, values)
-
-
-def build_scene(
-    name: str,
-    lengths: list[tuple[int, int]],
-    *,
-    page_size: int = 4,
-    heads: tuple[int, int] = (6, 2),
-    dtype: torch.dtype = torch.float32,
-) -> Scene:
-    """`lengths` holds (new tokens, all tokens) for each sequence; the older ones are cached."""
-    generator = torch.Generator().manual_seed(len(lengths) + page_size)
-
-    def normal(count: int, num_heads: int) -> Tensor:
-        return torch.randn(count, num_heads, HEAD_DIM, generator=generator).to(dtype)
-
-    num_heads, num_kv_heads = heads
-    backend = BACKENDS[name](page_size)
-    pages_needed = [-(-total // page_size) for _, total in lengths]
-    num_pages = sum(pages_needed) + 3
-    order = torch.randperm(num_pages, generator=generator, dtype=torch.int32)
-    caches = backend.allocate(
-        2, num_pages, num_kv_heads=num_kv_heads, head_dim=HEAD_DIM, dtype=dtype, device="cpu"
-    )
-    # columns that must not be read point at a page that does not exist
-    table = torch.full((len(lengths), max(pages_needed) + 1), 10_000, dtype=torch.int32)
-    taken = 0
-    for index, count in enumerate(pages_needed):
-        table[index, :count] = order[taken : taken + count]
-        taken += count
-
-    def slots(index: int, start: int, stop: int) -> Tensor:
-        positions = torch.arange(start, stop)
-        return table[index, positions // page_size].long() * page_size + positions % page_size
-
-    def inputs_for(spans: list[tuple[int, int]]) -> AttentionInputs:
-        counts = torch.tensor([stop - start for start, stop in spans], dtype=torch.int32)
-        ends = torch.tensor([stop for _, stop in spans], dtype=torch.int32)
-        return AttentionInputs(
-            caches=caches,
-            cu_seq_q=torch.cat([counts.new_zeros(1), counts.cumsum(0, dtype=torch.int32)]),
-            seqused_k=ends,
-            block_table=table,
-            slot_mapping=torch.cat([slots(i, *span) for i, span in enumerate(spans)]),
-            max_q=int(counts.max()),
-            max_k=int(ends.max()),
-        )
-
-    keys = [normal(total, num_kv_heads) for _, total in lengths]
-    values = [normal(total, num_kv_heads) for _, total in lengths]
-    old = inputs_for([(0, total - new) for new, total in lengths])
-    backend.write(
-        torch.cat([k[: len(k) - new] for k, (new, _) in zip(keys, lengths, strict=True)]),
-        torch.cat([v[: len(v) - new] for v, (new, _) in zip(values, lengths, strict=True)]),
-        caches[1],
-        old,
-    )
-    return Scene(
-        backend=backend,
-        inputs=inputs_for([(total - new, total) for new, total in lengths]),
-        queries=normal(sum(new for new, _ in lengths), num_heads),
-        keys=keys,
-        values=values,
-        new_keys=torch.cat([k[len(k) - new :] for k, (new, _) in zip(keys, lengths, strict=True)]),
-        new_values=torch.cat(
-            [v[len(v) - new :] for v, (new, _) in zip(values, lengths, strict=True)]
-        ),
-    )
-
-
-def attend(scene: Scene) -> Tensor:
-    cache = scene.inputs.caches[1]
-    scene.backend.write(scene.new_keys, scene.new_values, cache, scene.inputs)
-    return scene.backend.attend(scene.queries, cache, scene.inputs)
-
-
-def expected(scene: Scene) -> Tensor:
-    bounds = scene.inputs.cu_seq_q.tolist()
-    return torch.cat(
-        [
-            dense_attention(scene.queries[bounds[i] : bounds[i + 1]], keys, values)
-            for i, (keys, values) in enumerate(zip(scene.keys, scene.values, strict=True))
-        ]
-    )
-
-
-LENGTHS = {
-    "one_token": [(1, 1)],
-    "decode": [(1, 9), (1, 4), (1, 17)],
-    "prefill": [(11, 11), (4, 4)],
-    "chunked": [(5, 12), (4, 8), (3, 20)],
-    "mixed": [(1, 30), (7, 7), (6, 19), (1, 1)],
-    "long": [(MAX_QUERY_ROWS + 40, MAX_QUERY_ROWS + 55)],
-}
-
-
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", CPU_BACKENDS)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("heads", [(6, 2), (4, 4), (4, 1)], ids=str)
 def test_matches_dense_attention(
@@ -151,7 +27,7 @@ def test_matches_dense_attention(
     torch.testing.assert_close(attend(scene).double(), expected(scene), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", CPU_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_stays_close(name: str, dtype: torch.dtype) -> None:
     scene = build_scene(name, LENGTHS["mixed"], page_size=16, dtype=dtype)
@@ -160,7 +36,7 @@ def test_half_precision_stays_close(name: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(result.double(), expected(scene), atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", CPU_BACKENDS)
 def test_a_sequence_does_not_depend_on_its_neighbours(name: str) -> None:
     together = attend(build_scene(name, LENGTHS["mixed"]))
     scene = build_scene(name, LENGTHS["mixed"])
@@ -181,7 +57,7 @@ def test_a_sequence_does_not_depend_on_its_neighbours(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", CPU_BACKENDS)
 def test_writing_touches_only_its_own_slots(name: str) -> None:
     scene = build_scene(name, LENGTHS["mixed"])
     other = scene.inputs.caches[0]
@@ -196,7 +72,7 @@ def test_writing_touches_only_its_own_slots(name: str) -> None:
 
 
 def test_an_unknown_backend_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="'flash'; it can be one of: auto, sdpa, cpu"):
+    with pytest.raises(ConfigError, match="'flash'; it can be one of: auto, cuda, cpu, sdpa"):
         choose_backend("flash", device="cpu")
 
 
@@ -204,7 +80,7 @@ def test_auto_is_a_backend_with_the_page_size_asked_for() -> None:
     assert choose_backend("auto", device="cpu", page_size=32).page_size == 32
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", CPU_BACKENDS)
 @pytest.mark.parametrize("heads", [(6, 2), (4, 4), (3, 1)], ids=str)
 def test_pages_of_64_as_they_are_served(name: str, heads: tuple[int, int]) -> None:
     """Answers and short and long chunks, contexts that end on, before and after a page's end."""
@@ -214,7 +90,7 @@ def test_pages_of_64_as_they_are_served(name: str, heads: tuple[int, int]) -> No
     torch.testing.assert_close(attend(scene).double(), expected(scene), atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", CPU_BACKENDS)
 @pytest.mark.parametrize("spoiled", ["keys", "values"])
 def test_what_is_not_a_number_stays_so(name: str, spoiled: str) -> None:
     """Or the sampler could not tell that a row is lost."""
@@ -238,12 +114,12 @@ def test_without_numba_the_reference_is_taken_and_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, "server.attention.cpu_kernel", raising=False)
-    monkeypatch.delattr(attention, "cpu_kernel", raising=False)
+    monkeypatch.delitem(sys.modules, "server.kernels.cpu", raising=False)
+    monkeypatch.delattr(kernels, "cpu", raising=False)
     load_kernels.cache_clear()
     try:
         assert type(choose_backend("auto", device="cpu")) is SdpaBackend
-        assert "slower reference" in caplog.text
+        assert "without compiled loops" in caplog.text
         with pytest.raises(ConfigError, match="needs numba"):
             choose_backend("cpu", device="cpu")
     finally:
@@ -253,14 +129,13 @@ def test_without_numba_the_reference_is_taken_and_said(
 def test_the_kernel_is_for_cpus() -> None:
     with pytest.raises(ConfigError, match="does not run on the device 'cuda'"):
         choose_backend("cpu", device="cuda")
-    assert type(choose_backend("auto", device="cuda")) is SdpaBackend
     assert type(choose_backend("auto", device="cpu")) is CpuBackend
 
 
 def test_threads_that_share_the_work_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [(1, 64), (1, 300), (3, 128), (70, 200)]
     alone = attend(build_scene("cpu", lengths, page_size=64))
-    monkeypatch.setattr(cpu, "MIN_BYTES_TO_SHARE", 0)
+    monkeypatch.setattr(loading, "MIN_BYTES_TO_SHARE", 0)
     torch.set_num_threads(2)
     try:
         together = attend(build_scene("cpu", lengths, page_size=64))

@@ -69,7 +69,7 @@ def all_logits(
         pages_each * len(sequences),
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        dtype=model.language_model.embed_tokens.weight.dtype,
+        dtype=model.language_model.norm.weight.dtype,
         device="cpu",
     )
     # interleaved, so that no sequence's pages are neighbours

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from server.model import layers
+from server.model.checkpoint import pack_for_cpu
+from server.model.config import read_checkpoint
 from server.model.layers import (
     MIN_ROWS_TO_WIDEN,
     PackedLinear,
@@ -87,7 +89,21 @@ def test_a_packed_layer_keeps_no_second_copy() -> None:
     assert [name for name, _ in layer.named_parameters()] == ["0.bias"]
 
 
-def test_a_head_is_left_as_it_is(tmp_path: Path) -> None:
-    model = load(write_checkpoint(tmp_path, is_tied=False))
-    pack_linear_layers(model)
-    assert type(model.language_model.lm_head) is nn.Linear
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_packed_head_is_held_once(tmp_path: Path, is_tied: bool, dtype: str) -> None:
+    """Tied to it, the embedding is left in the file, whatever type it has there."""
+    folder = write_checkpoint(tmp_path, is_tied=is_tied)
+    plain, packed = load(folder, dtype=dtype), load(folder, dtype=dtype)
+    pack_for_cpu(packed, read_checkpoint(folder))
+    decoder = packed.language_model
+    is_packable = dtype == "float32" or has_half_units(getattr(torch, dtype))
+    assert isinstance(decoder.lm_head, PackedLinear) == is_packable
+    in_memory = any(name.endswith("embed_tokens.weight") for name, _ in packed.named_parameters())
+    assert in_memory == (not is_tied or not is_packable)
+    ids = torch.tensor([3, 1, 2, 3])
+    assert torch.equal(packed.embed(ids), plain.embed(ids))
+    closeness = 1e-5 if dtype == "float32" else 3e-2
+    ours, theirs = (all_logits(model, [[1, 2, 3]])[0] for model in (packed, plain))
+    finite = theirs.isfinite()
+    assert relative_difference(ours[finite], theirs[finite]) < closeness

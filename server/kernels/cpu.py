@@ -1,14 +1,12 @@
-"""Attention over pages as one compiled function for each shape of heads. Needs numba.
+"""The loops that are compiled for CPUs: attention over pages, and what is between matrix products.
 
-A task is one key/value head of one sequence: its query heads are computed together, so that keys
-and values are read once. The pages are walked with a running maximum (the online softmax of
-FlashAttention, arXiv:2205.14135), everything in float32. A page holds its keys as
-[head_dim, page_size], so that a vector runs across tokens, and its values as [page_size, head_dim],
-so that one runs across dimensions; while a page is computed the next one is called into the cache.
+Numba has no vectors of its own: the inner parts are written in LLVM's terms, whose vectors of any
+width become whatever the machine has. Functions are compiled once for each shape and kept beside
+this file, or in the user's cache folder. All of it is one file, because numba compiles anew when
+the file of a function has changed, and looks at no other.
 
-Numba has no vectors of its own: the inner part is written in LLVM's terms, whose vectors of any
-width become whatever the machine has. Functions are compiled once and kept beside this file, or in
-the user's cache folder.
+Any number of threads may call a function at the same time with the same arguments, whose
+`next_task` is 0 before: they share its tasks.
 """
 
 from __future__ import annotations
@@ -24,6 +22,8 @@ from numba import carray, cfunc, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+# Vectors ------------------------------------------------------------------------------------------
+
 FLOAT, INT16, INT32, INT64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 BYTE_POINTER = ir.IntType(8).as_pointer()
 CACHE_LINE_BYTES = 64
@@ -34,53 +34,11 @@ REORDERED = ("reassoc", "contract", "nsz")
 EXP2_COEFFICIENTS = (1.5403530e-4, 1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1)
 """Of the Taylor series of 2 ** x from x ** 6 down to x ** 2: under 1e-7 off within half of 0."""
 
-HIDDEN = -3e38
-"""The score of a position that is not seen, and of the maximum before the first page."""
-
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 STORAGE = {"torch.float32": FLOAT32, "torch.bfloat16": BFLOAT16, "torch.float16": FLOAT16}
 """What keys and values are stored as, by the name of torch's type."""
 
 ELEMENT_BYTES = {FLOAT32: 4, BFLOAT16: 2, FLOAT16: 2}
-
-
-FIELDS = (
-    "next_task",
-    "num_tasks",
-    "num_kv_heads",
-    "keys",
-    "values",
-    "queries",
-    "output",
-    "bounds",
-    "lengths",
-    "block_table",
-    "table_width",
-    "max_queries",
-    "new_keys",
-    "new_values",
-    "slots",
-)
-NUM_FIELDS = len(FIELDS)
-NEXT_TASK, NUM_TASKS, NUM_KV_HEADS, KEYS, VALUES, QUERIES, OUTPUT = range(7)
-BOUNDS, LENGTHS, BLOCK_TABLE, TABLE_WIDTH, MAX_QUERIES = range(7, 12)
-NEW_KEYS, NEW_VALUES, SLOTS = range(12, NUM_FIELDS)
-"""Where each field of `Arguments` stands: compiled code sees it as an array of 64-bit numbers."""
-
-
-class Arguments(ctypes.Structure):
-    """What both kernels are called with; addresses of contiguous tensors, and sizes.
-
-    queries, output  float32 [tokens, heads, head_dim]; queries are scaled already
-    keys             [pages, kv_heads, head_dim, page_size]
-    values           [pages, kv_heads, page_size, head_dim]
-    bounds           int32 [sequences + 1]: the tokens of each sequence
-    lengths          int32 [sequences]: its positions, those tokens being the last of them
-    block_table      int32 [sequences, table_width]
-    new_keys, new_values  [tokens, kv_heads, head_dim], to be written to slots (int64 [tokens])
-    """
-
-    _fields_ = [(name, ctypes.c_int64) for name in FIELDS]
 
 
 def _vector(element: Any, width: int) -> Any:
@@ -127,6 +85,29 @@ def _load_row(builder: Any, address: Any, row: Any, width: int, storage: int) ->
     bits = builder.load(builder.bitcast(place, _vector(INT16, width).as_pointer()), align=2)
     wide = builder.shl(builder.zext(bits, _vector(INT32, width)), _integers(16, width))
     return builder.bitcast(wide, _vector(FLOAT, width))
+
+
+def _store_row(builder: Any, values: Any, address: Any, row: Any, width: int, storage: int) -> None:
+    """The counterpart of `_load_row`: rounds to the nearest, to even where two are as near."""
+    size = INT64(width * ELEMENT_BYTES[storage])
+    place = builder.inttoptr(builder.add(address, builder.mul(row, size)), BYTE_POINTER)
+    if storage == FLOAT32:
+        builder.store(values, builder.bitcast(place, values.type.as_pointer()), align=4)
+        return
+    if storage == FLOAT16:
+        halves = builder.fptrunc(values, _vector(ir.HalfType(), width))
+        builder.store(halves, builder.bitcast(place, halves.type.as_pointer()), align=2)
+        return
+    bits = builder.bitcast(values, _vector(INT32, width))
+    upper = builder.lshr(bits, _integers(16, width))
+    is_odd = builder.and_(upper, _integers(1, width))
+    rounded = builder.add(bits, builder.add(is_odd, _integers(0x7FFF, width)))
+    rounded = builder.lshr(rounded, _integers(16, width))
+    # Rounding could carry the bits of what is not a number into a number.
+    is_number = builder.fcmp_ordered("==", values, values)
+    rounded = builder.select(is_number, rounded, _integers(0x7FC0, width))
+    shorts = builder.trunc(rounded, _vector(INT16, width))
+    builder.store(shorts, builder.bitcast(place, shorts.type.as_pointer()), align=2)
 
 
 def _prefetch_row(builder: Any, address: Any, row: Any, num_bytes: int) -> None:
@@ -182,6 +163,57 @@ def _pointer(typing_context: Any, address: Any) -> Any:
         return builder.inttoptr(arguments[0], BYTE_POINTER)
 
     return types.voidptr(types.int64), generate
+
+
+# Attention ----------------------------------------------------------------------------------------
+#
+# A task is one key/value head of one sequence: its query heads are computed together, so that keys
+# and values are read once. The pages are walked with a running maximum (the online softmax of
+# FlashAttention, arXiv:2205.14135), everything in float32. A page holds its keys as
+# [head_dim, page_size], so that a vector runs across tokens, and its values as
+# [page_size, head_dim], so that one runs across dimensions; while a page is computed the next one
+# is called into the cache.
+
+HIDDEN = -3e38
+"""The score of a position that is not seen, and of the maximum before the first page."""
+
+FIELDS = (
+    "next_task",
+    "num_tasks",
+    "num_kv_heads",
+    "keys",
+    "values",
+    "queries",
+    "output",
+    "bounds",
+    "lengths",
+    "block_table",
+    "table_width",
+    "max_queries",
+    "new_keys",
+    "new_values",
+    "slots",
+)
+NUM_FIELDS = len(FIELDS)
+NEXT_TASK, NUM_TASKS, NUM_KV_HEADS, KEYS, VALUES, QUERIES, OUTPUT = range(7)
+BOUNDS, LENGTHS, BLOCK_TABLE, TABLE_WIDTH, MAX_QUERIES = range(7, 12)
+NEW_KEYS, NEW_VALUES, SLOTS = range(12, NUM_FIELDS)
+"""Where each field of the arguments stands: compiled code sees an array of 64-bit numbers."""
+
+
+class AttentionArguments(ctypes.Structure):
+    """What both kernels are called with; addresses of contiguous tensors, and sizes.
+
+    queries, output  float32 [tokens, heads, head_dim]; queries are scaled already
+    keys             [pages, kv_heads, head_dim, page_size]
+    values           [pages, kv_heads, page_size, head_dim]
+    bounds           int32 [sequences + 1]: the tokens of each sequence
+    lengths          int32 [sequences]: its positions, those tokens being the last of them
+    block_table      int32 [sequences, table_width]
+    new_keys, new_values  [tokens, kv_heads, head_dim], to be written to slots (int64 [tokens])
+    """
+
+    _fields_ = [(name, ctypes.c_int64) for name in FIELDS]
 
 
 @intrinsic(prefer_literal=True)
@@ -275,7 +307,7 @@ def _attend_page(
 
 
 def compile_attend(*, group: int, head_dim: int, page_size: int, storage: int) -> Any:
-    """The function that takes the address of `Arguments` and fills `output`.
+    """The function that takes the address of `AttentionArguments` and fills `output`.
 
     Any number of threads may call it at the same time with the same arguments, whose `next_task`
     is 0 before: they share its tasks. It skips sequences of more than `max_queries` tokens.
@@ -343,7 +375,7 @@ def compile_attend(*, group: int, head_dim: int, page_size: int, storage: int) -
 
 
 def compile_write(*, head_dim: int, page_size: int, storage: int) -> Any:
-    """The function that takes the address of `Arguments` and writes `new_keys` and `new_values`.
+    """The function that takes the address of the arguments and writes `new_keys`, `new_values`.
 
     To be called as `attend` is; a task is a token.
     """
@@ -379,6 +411,184 @@ def compile_write(*, head_dim: int, page_size: int, storage: int) -> Any:
                     values[head, offset, dimension] = new_values[head, dimension]
 
     return _compiled(write)
+
+
+# Between matrix products --------------------------------------------------------------------------
+#
+# A task is one row: of the hidden states, of gates and values, or of the heads of a token.
+
+POINTWISE_FIELDS = ("next_task", "num_tasks", "rows", "cosines", "sines", "output", "row_bytes")
+NUM_POINTWISE_FIELDS = len(POINTWISE_FIELDS)
+ROWS, COSINES, SINES, ROW_OUTPUT, ROW_BYTES = range(2, NUM_POINTWISE_FIELDS)
+WEIGHT = COSINES
+
+
+class PointwiseArguments(ctypes.Structure):
+    """What the three kernels are called with; addresses, and the bytes from one row to the next.
+
+    `cosines` is the weight where rows are normed. Cosines and sines are float32, a row a token.
+    """
+
+    _fields_ = [(name, ctypes.c_int64) for name in POINTWISE_FIELDS]
+
+
+def _width_for(size: int) -> int:
+    """The widest vectors of at most 64 numbers that `size` numbers are made of."""
+    return math.gcd(size, 64)
+
+
+@intrinsic(prefer_literal=True)
+def _norm_row(
+    typing_context: Any, row: Any, weight: Any, output: Any, eps: Any, size: Any, storage: Any
+) -> Any:
+    """output = weight * row / sqrt(mean(row ** 2) + eps)"""
+    num, kind = size.literal_value, storage.literal_value
+    width = _width_for(num)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        row_address, weight_address, output_address, epsilon = arguments[:4]
+        squares = cgutils.alloca_once_value(builder, _constant(0.0, width))
+        builder.store(_constant(0.0, width), squares)
+        with cgutils.for_range(builder, INT64(num // width)) as loop:
+            values = _load_row(builder, row_address, loop.index, width, kind)
+            builder.store(_times_plus(builder, values, values, builder.load(squares)), squares)
+        total = _reduce(builder, "fadd", builder.load(squares), width, FLOAT(0.0))
+        mean = builder.fmul(total, FLOAT(1.0 / num))
+        root = builder.module.declare_intrinsic(
+            "llvm.sqrt", [FLOAT], ir.FunctionType(FLOAT, [FLOAT])
+        )
+        scale = builder.fdiv(FLOAT(1.0), builder.call(root, [builder.fadd(mean, epsilon)]))
+        scales = _splat(builder, scale, width)
+        with cgutils.for_range(builder, INT64(num // width)) as loop:
+            values = _load_row(builder, row_address, loop.index, width, kind)
+            weights = _load_row(builder, weight_address, loop.index, width, kind)
+            values = builder.fmul(builder.fmul(values, scales), weights)
+            _store_row(builder, values, output_address, loop.index, width, kind)
+        return context.get_dummy_value()
+
+    literals = [types.literal(each) for each in (num, kind)]
+    return types.void(types.int64, types.int64, types.int64, types.float32, *literals), generate
+
+
+@intrinsic(prefer_literal=True)
+def _gate_row(typing_context: Any, row: Any, output: Any, size: Any, storage: Any) -> Any:
+    """output [size] = SiLU of the first half of the row, times the second half"""
+    num, kind = size.literal_value, storage.literal_value
+    width = _width_for(num)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        gate_address, output_address = arguments[:2]
+        value_address = builder.add(gate_address, INT64(num * ELEMENT_BYTES[kind]))
+        zeros, ones = _constant(0.0, width), _constant(1.0, width)
+        with cgutils.for_range(builder, INT64(num // width)) as loop:
+            gates = _load_row(builder, gate_address, loop.index, width, kind)
+            values = _load_row(builder, value_address, loop.index, width, kind)
+            # 1 / (1 + exp(-x)), and for negative x as exp(x) / (1 + exp(x)): never overflows.
+            is_positive = builder.fcmp_ordered(">=", gates, zeros)
+            powers = _exp(builder, builder.select(is_positive, builder.fneg(gates), gates), width)
+            shares = builder.select(is_positive, ones, powers)
+            shares = builder.fdiv(shares, builder.fadd(ones, powers))
+            gated = builder.fmul(builder.fmul(gates, shares), values)
+            _store_row(builder, gated, output_address, loop.index, width, kind)
+        return context.get_dummy_value()
+
+    literals = [types.literal(each) for each in (num, kind)]
+    return types.void(types.int64, types.int64, *literals), generate
+
+
+@intrinsic(prefer_literal=True)
+def _rotate_head(
+    typing_context: Any,
+    head: Any,
+    cosines: Any,
+    sines: Any,
+    output: Any,
+    head_dim: Any,
+    storage: Any,
+) -> Any:
+    """One head: dimension i turns with dimension i + head_dim / 2."""
+    half, kind = head_dim.literal_value // 2, storage.literal_value
+    half_bytes = INT64(half * ELEMENT_BYTES[kind])
+    width = _width_for(half)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        first_address, cosine_address, sine_address, output_address = arguments[:4]
+        second_address = builder.add(first_address, half_bytes)
+        second_output = builder.add(output_address, half_bytes)
+        with cgutils.for_range(builder, INT64(half // width)) as loop:
+            firsts = _load_row(builder, first_address, loop.index, width, kind)
+            seconds = _load_row(builder, second_address, loop.index, width, kind)
+            cosine = _load_row(builder, cosine_address, loop.index, width, FLOAT32)
+            sine = _load_row(builder, sine_address, loop.index, width, FLOAT32)
+            turned = builder.fsub(
+                builder.fmul(firsts, cosine), builder.fmul(seconds, sine), flags=REORDERED
+            )
+            _store_row(builder, turned, output_address, loop.index, width, kind)
+            turned = _times_plus(builder, firsts, sine, builder.fmul(seconds, cosine))
+            _store_row(builder, turned, second_output, loop.index, width, kind)
+        return context.get_dummy_value()
+
+    literals = [types.literal(each) for each in (2 * half, kind)]
+    return types.void(*[types.int64] * 4, *literals), generate
+
+
+def compile_norm(*, size: int, eps: float, storage: int) -> Any:
+    """The function that fills `output` with normed rows; see RMSNorm."""
+    epsilon = np.float32(eps)
+    output_bytes = size * ELEMENT_BYTES[storage]
+
+    def norm(address: Any) -> None:
+        call = carray(address, (NUM_POINTWISE_FIELDS,), np.int64)
+        next_task = call[NEXT_TASK:].ctypes.data
+        while True:
+            task = _fetch_add(next_task)
+            if task >= call[NUM_TASKS]:
+                break
+            row = call[ROWS] + task * call[ROW_BYTES]
+            output = call[ROW_OUTPUT] + task * output_bytes
+            _norm_row(row, call[WEIGHT], output, epsilon, size, storage)
+
+    return _compiled(norm)
+
+
+def compile_gate(*, size: int, storage: int) -> Any:
+    """The function that makes rows of `size` out of rows of twice as many; see GatedMLP."""
+    output_bytes = size * ELEMENT_BYTES[storage]
+
+    def gate(address: Any) -> None:
+        call = carray(address, (NUM_POINTWISE_FIELDS,), np.int64)
+        next_task = call[NEXT_TASK:].ctypes.data
+        while True:
+            task = _fetch_add(next_task)
+            if task >= call[NUM_TASKS]:
+                break
+            row = call[ROWS] + task * call[ROW_BYTES]
+            _gate_row(row, call[ROW_OUTPUT] + task * output_bytes, size, storage)
+
+    return _compiled(gate)
+
+
+def compile_rotate(*, num_heads: int, head_dim: int, storage: int) -> Any:
+    """The function that rotates the first `num_heads` heads of each row; see `rotate`."""
+    head_bytes = head_dim * ELEMENT_BYTES[storage]
+    angle_bytes = head_dim * ELEMENT_BYTES[FLOAT32]
+
+    def rotate(address: Any) -> None:
+        call = carray(address, (NUM_POINTWISE_FIELDS,), np.int64)
+        next_task = call[NEXT_TASK:].ctypes.data
+        while True:
+            task = _fetch_add(next_task)
+            if task >= call[NUM_TASKS]:
+                break
+            row = call[ROWS] + task * call[ROW_BYTES]
+            output = call[ROW_OUTPUT] + task * num_heads * head_bytes
+            cosines = call[COSINES] + task * angle_bytes
+            sines = call[SINES] + task * angle_bytes
+            for head in range(num_heads):
+                place = head * head_bytes
+                _rotate_head(row + place, cosines, sines, output + place, head_dim, storage)
+
+    return _compiled(rotate)
 
 
 def _compiled(function: Callable[[Any], None]) -> Any:

@@ -1,0 +1,55 @@
+"""Compiled loops on torch's tensors: whether there are any, and calling them from torch's threads.
+
+Needs numba; without it, everything here that is compiled has a slower twin written with torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+MIN_BYTES_TO_SHARE = 256 * 1024
+"""Less than this is read or written by the calling thread alone: it takes some 10 microseconds,
+and the others, should the machine be busy, can make it wait for milliseconds."""
+
+_log = logging.getLogger(__name__)
+
+
+@cache
+def load_kernels() -> ModuleType | None:
+    """The module of compiled kernels; None, with a warning, where numba is not to be had."""
+    try:
+        from server.kernels import cpu
+    except ImportError:
+        _log.warning("numba cannot be imported: this CPU computes without compiled loops, slower")
+        return None
+    return cpu
+
+
+def run_in_threads(function: Any, arguments: Any, *, num_bytes: int) -> None:
+    """Calls a kernel from torch's own threads: a second pool would fight them for the cores."""
+    team = _openmp()
+    num_threads = torch.get_num_threads()
+    if team is None or num_bytes < MIN_BYTES_TO_SHARE or num_threads == 1:
+        function.ctypes(ctypes.addressof(arguments))
+    else:
+        team.GOMP_parallel(
+            ctypes.c_void_p(function.address), ctypes.byref(arguments), num_threads, 0
+        )
+
+
+@cache
+def _openmp() -> ctypes.CDLL | None:
+    """The OpenMP library that torch brought and loaded; None where it is another kind."""
+    folder = Path(torch.__file__).parent
+    for place in (folder / "lib", folder.parent / "torch.libs"):
+        for path in sorted(place.glob("libgomp*.so*")):
+            return ctypes.CDLL(str(path))
+    _log.warning("torch has no libgomp of its own: compiled loops run in one thread")
+    return None
