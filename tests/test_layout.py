@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
     "attention": {"errors", "kernels"},
     "model": {"core", "attention", "kernels", "errors"},
-    "engine": {"core", "config", "errors", "attention", "model"},
+    "engine": {"core", "config", "errors", "attention", "kernels", "model"},
     "chat": {"core", "config", "errors", "media", "vision"},
     "api": {"core", "config", "errors", "chat", "telemetry", "media.store", "engine.client"},
     "app": EVERYTHING,

@@ -30,9 +30,9 @@ from server.engine.scheduler import Scheduler
 from server.engine.warm_up import warm_up
 from server.engine.worker import StepRunner, Worker
 from server.errors import CheckpointError, ConfigError
+from server.kernels.machine import has_half_units
 from server.model.checkpoint import DTYPES, load_model, pack_for_cpu
 from server.model.config import CheckpointInfo, read_checkpoint
-from server.model.layers import has_half_units
 from server.model.tensors import DTYPE_BYTES
 
 _PR_SET_PDEATHSIG = 1

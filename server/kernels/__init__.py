@@ -1,1 +1,1 @@
-"""Loops compiled for this machine's CPU. Importing the package compiles nothing; see `loading`."""
+"""Loops compiled for this machine's CPU. Importing the package compiles nothing; see `machine`."""

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from functools import cache
 from typing import Literal
 
 import torch
@@ -10,23 +9,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from server.kernels.machine import has_half_units
 from server.model import pointwise
 from server.model.config import Llama3Scaling
 
 MIN_ROWS_TO_WIDEN = 32
 """With fewer rows, reading the weights is what takes the time, and 16-bit ones are read faster."""
-
-
-@cache
-def has_half_units(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies 16-bit matrices itself: without, float32 is many times faster."""
-    mkldnn = torch.ops.mkldnn
-    check = (
-        mkldnn._is_mkldnn_bf16_supported
-        if dtype == torch.bfloat16
-        else mkldnn._is_mkldnn_fp16_supported
-    )
-    return bool(check())
 
 
 def project(layer: nn.Module, hidden: Tensor) -> Tensor:

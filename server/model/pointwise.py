@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.kernels.loading import load_kernels, run_in_threads
+from server.kernels.machine import load_kernels, run_in_threads
 
 
 def is_compiled(hidden: Tensor) -> bool:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from server.core import VisionSpec
+from server.kernels.machine import has_half_units
 from server.model.config import VisionTowerConfig
-from server.model.layers import has_half_units, project, project_gelu
+from server.model.layers import project, project_gelu
 
 HEADS_AT_ONCE = 4
 """Whose scores are computed together on a CPU: few, so that they are still in its cache when they

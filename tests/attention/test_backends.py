@@ -10,8 +10,8 @@ from server.attention.backend import AttentionInputs, choose_backend
 from server.attention.cpu import MAX_KERNEL_QUERIES, CpuBackend
 from server.attention.sdpa import SdpaBackend
 from server.errors import ConfigError
-from server.kernels import loading
-from server.kernels.loading import load_kernels
+from server.kernels import machine
+from server.kernels.machine import load_kernels
 from tests.attention.scenes import LENGTHS, attend, build_scene, expected
 
 CPU_BACKENDS = ("cpu", "sdpa")
@@ -135,7 +135,7 @@ def test_the_kernel_is_for_cpus() -> None:
 def test_threads_that_share_the_work_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [(1, 64), (1, 300), (3, 128), (70, 200)]
     alone = attend(build_scene("cpu", lengths, page_size=64))
-    monkeypatch.setattr(loading, "MIN_BYTES_TO_SHARE", 0)
+    monkeypatch.setattr(machine, "MIN_BYTES_TO_SHARE", 0)
     torch.set_num_threads(2)
     try:
         together = attend(build_scene("cpu", lengths, page_size=64))

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from server.kernels.machine import has_half_units
 from server.model import layers
 from server.model.checkpoint import pack_for_cpu
 from server.model.config import read_checkpoint
 from server.model.layers import (
     MIN_ROWS_TO_WIDEN,
     PackedLinear,
-    has_half_units,
     pack_linear_layers,
     project,
 )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from server import kernels
-from server.kernels import loading
+from server.kernels import machine
 from server.model import pointwise
 from server.model.layers import GatedMLP, RMSNorm, RotaryEmbedding, rotate
 
@@ -84,7 +84,7 @@ def test_what_is_not_a_number_stays_so(dtype: torch.dtype) -> None:
 def test_threads_that_share_the_work_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     both = normal(300, 256, dtype=torch.bfloat16)
     alone = pointwise.gate(both)
-    monkeypatch.setattr(loading, "MIN_BYTES_TO_SHARE", 0)
+    monkeypatch.setattr(machine, "MIN_BYTES_TO_SHARE", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -110,10 +110,10 @@ def test_layers_are_the_same_without_numba(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, "server.kernels.cpu", raising=False)
     monkeypatch.delattr(kernels, "cpu", raising=False)
-    loading.load_kernels.cache_clear()
+    machine.load_kernels.cache_clear()
     try:
         assert not pointwise.is_compiled(heads)
         plain = outputs()
     finally:
-        loading.load_kernels.cache_clear()
+        machine.load_kernels.cache_clear()
     torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Compiled loops on torch's tensors: whether there are any, and calling them from torch's threads.
+"""What this CPU can: compiled loops, called from torch's threads, and 16-bit multiplications.
 
 Needs numba; without it, everything here that is compiled has a slower twin written with torch.
 """
@@ -30,6 +30,18 @@ def load_kernels() -> ModuleType | None:
         _log.warning("numba cannot be imported: this CPU computes without compiled loops, slower")
         return None
     return cpu
+
+
+@cache
+def has_half_units(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies 16-bit matrices itself: without, float32 is many times faster."""
+    mkldnn = torch.ops.mkldnn
+    check = (
+        mkldnn._is_mkldnn_bf16_supported
+        if dtype == torch.bfloat16
+        else mkldnn._is_mkldnn_fp16_supported
+    )
+    return bool(check())
 
 
 def run_in_threads(function: Any, arguments: Any, *, num_bytes: int) -> None:
