@@ -40,8 +40,9 @@ _FIRST_SHIFT = 2 * _DIGIT_BITS
 _FIRST_BITS = 31 - _FIRST_SHIFT
 """A distance's 31 bits are a first digit fine enough to leave few members, and two more."""
 
-_SCORES_AT_ONCE = 1 << 18
-"""Rows of so many scores are drawn for together, so that caches hold what is made on the way."""
+_SCORES_AT_ONCE = 1 << 19
+"""Rows of so many scores are drawn for together. More make fewer and longer steps, but take more
+than the some 20 MB on the way that an allocator keeps at hand."""
 
 _MASK_64 = (1 << 64) - 1
 
@@ -95,7 +96,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
     at_once = max(1, _SCORES_AT_ONCE // logits.shape[1])
     for group in (drawn[start : start + at_once] for start in range(0, len(drawn), at_once)):
         group_rows = [rows[index] for index in group]
-        chosen = torch.tensor(group, device=logits.device)
+        chosen = _ids(group, logits)
         temperatures = _column([row.params.temperature for row in group_rows], logits).float()
         scores = logits[chosen].sub_(largest[chosen, None]).div_(temperatures)
         ids[chosen] = _draw(scores, group_rows)
