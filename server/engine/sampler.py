@@ -8,10 +8,15 @@ scores stay or go together and no order among them is invented:
     top_k   keeps what is at least the k-th largest
     top_p   keeps the fewest of the largest that have this share of what the two before kept
 
+No row is sorted. The thresholds of top_k and top_p are found digit by digit, as a radix sort works:
+how much of a row falls into each bin of the first digit says in which bin its threshold lies, and
+only that bin's members are looked at for the next. Three digits are a whole score, so the threshold
+is exact however flat the row is and however many scores are equal.
+
 The draw is one uniform number, a function of the row's seed and position only, taken through the
-inverse of the cumulative distribution in the order of token ids. So neighbours in the batch change
-nothing, and neither does the way the candidates were found: usually among the few largest scores,
-by a full sort only where those do not hold the whole nucleus. It must not know requests.
+inverse of the cumulative distribution in the order of token ids. Weights are integers, so that
+their sums are the same in whatever order they are made. So neighbours in the batch change nothing.
+It must not know requests.
 """
 
 from __future__ import annotations
@@ -30,8 +35,14 @@ from server.core import SamplingParams
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy; nothing is divided by them."""
 
-NUM_CANDIDATES = 128
-"""How many of the largest scores are looked at before a row is sorted whole."""
+_DIGIT_BITS = 9
+_FIRST_SHIFT = 2 * _DIGIT_BITS
+_FIRST_BITS = 31 - _FIRST_SHIFT
+"""A distance's 31 bits are a first digit fine enough to leave few members, and two more."""
+
+_SCORES_AT_ONCE = 1 << 19
+"""Rows of so many scores are drawn for together. More make fewer and longer steps, but take more
+than the some 20 MB on the way that an allocator keeps at hand."""
 
 _MASK_64 = (1 << 64) - 1
 
@@ -77,15 +88,18 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
     """
     for index, row in enumerate(rows):
         _adjust(logits[index], row)
-    largest, ids = logits.max(dim=-1)  # NaN where the row holds one
-    drawn = [index for index, row in enumerate(rows) if not row.is_greedy]
+    largest = logits.amax(dim=-1)  # NaN where the row holds one
     usable = largest.isfinite().tolist()
-    drawn = [index for index in drawn if usable[index]]
-    if drawn:
-        drawn_rows = [rows[index] for index in drawn]
-        temperatures = _column([row.params.temperature for row in drawn_rows], logits)
-        scores = (logits[drawn] - largest[drawn, None]) / temperatures.float()
-        ids[drawn] = _draw(scores, drawn_rows)
+    has_greedy = any(row.is_greedy for row in rows)
+    ids = logits.argmax(dim=-1) if has_greedy else torch.zeros_like(largest, dtype=torch.int64)
+    drawn = [i for i, row in enumerate(rows) if usable[i] and not row.is_greedy]
+    at_once = max(1, _SCORES_AT_ONCE // logits.shape[1])
+    for group in (drawn[start : start + at_once] for start in range(0, len(drawn), at_once)):
+        group_rows = [rows[index] for index in group]
+        chosen = _ids(group, logits)
+        temperatures = _column([row.params.temperature for row in group_rows], logits).float()
+        scores = logits[chosen].sub_(largest[chosen, None]).div_(temperatures)
+        ids[chosen] = _draw(scores, group_rows)
     return [
         token_id if is_usable else None
         for token_id, is_usable in zip(ids.tolist(), usable, strict=True)
@@ -113,21 +127,21 @@ def _adjust(logits: Tensor, row: SamplingRow) -> None:
     """logits [ids] of one row: penalties, bias, no end before it may come, and the mask."""
     params = row.params
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(row.ids, device=logits.device)
+        seen = _ids(row.ids, logits)
         values = logits[seen]  # an id seen twice is read twice and written the same
         penalty = params.repetition_penalty
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
     if (params.presence_penalty or params.frequency_penalty) and row.num_generated:
-        generated = torch.tensor(row.ids[row.num_prompt_ids :], device=logits.device)
+        generated = _ids(row.ids[row.num_prompt_ids :], logits)
         said, counts = torch.unique(generated, return_counts=True)
         logits[said] -= params.presence_penalty + params.frequency_penalty * counts
     if params.logit_bias:
-        biased = torch.tensor([token_id for token_id, _ in params.logit_bias], device=logits.device)
+        biased = _ids([token_id for token_id, _ in params.logit_bias], logits)
         logits[biased] += torch.tensor(
             [bias for _, bias in params.logit_bias], device=logits.device
         )
     if row.num_generated < params.min_tokens and params.stop_token_ids:
-        logits[torch.tensor(params.stop_token_ids, device=logits.device)] = -math.inf
+        logits[_ids(params.stop_token_ids, logits)] = -math.inf
     if row.mask is not None:
         logits.masked_fill_(_forbidden(row.mask, logits), -math.inf)
 
@@ -144,90 +158,98 @@ def _forbidden(mask: npt.NDArray[np.int32], logits: Tensor) -> Tensor:
 
 
 def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """scores [rows, ids], the largest of each row 0 -> ids [rows]."""
-    chances = _column([row.chance for row in rows], scores)
-    ids = torch.empty(len(rows), dtype=torch.int64, device=scores.device)
-    plain = [index for index, row in enumerate(rows) if _keeps_all(row, scores.shape[1])]
-    filtered = [index for index in range(len(rows)) if index not in set(plain)]
-    if plain:
-        ids[plain] = _pick(scores[plain].exp(), chances[plain])
-    if filtered:
-        few, is_enough = _draw_among_few(
-            scores[filtered], [rows[index] for index in filtered], chances[filtered]
-        )
-        ids[filtered] = few
-        for index, enough in zip(filtered, is_enough, strict=True):
-            if not enough:
-                ids[index] = _draw_among_all(scores[index], rows[index], chances[index])
-    return ids
+    """scores [rows, ids], the largest of each row 0 -> ids [rows].
 
-
-def _keeps_all(row: SamplingRow, num_ids: int) -> bool:
-    params = row.params
-    return params.top_p >= 1.0 and not 0 < params.top_k < num_ids and not params.min_p > 0
-
-
-def _draw_among_few(
-    scores: Tensor, rows: Sequence[SamplingRow], chances: Tensor
-) -> tuple[Tensor, list[bool]]:
-    """Draws from the largest scores; the flags say for which rows they held all that counts."""
+    Where one row asks for a filter the others pass it too, with a threshold that keeps all.
+    """
     num_ids = scores.shape[1]
-    num_candidates = min(NUM_CANDIDATES, num_ids)
-    values, candidates = scores.topk(num_candidates, dim=-1)
-    weights_of_all = scores.exp()
-    least = _column([row.least_score for row in rows], scores).float()
+    distances, weights = _distances(scores), _weights(scores)
     if any(row.params.min_p > 0 for row in rows):
-        weights_of_all = torch.where(scores >= least, weights_of_all, 0.0)
-    totals = weights_of_all.sum(dim=-1, dtype=torch.float64, keepdim=True)
-    # Without top_k, or with one beyond the candidates, the nucleus is a share of the whole row.
-    top_ks = torch.tensor([row.params.top_k or num_ids for row in rows], device=scores.device)
-    has_few = top_ks <= num_candidates
-    kth = values.gather(1, top_ks.clamp(max=num_candidates)[:, None] - 1)
-    kept = torch.where(has_few[:, None], values >= kth, True) & (values >= least)
-    # Where even the last candidate is kept, others like it may have been left out.
-    is_enough = ~kept[:, -1] | ~has_few & (top_ks >= num_ids)
-    weights = torch.where(kept, values.exp().double(), 0.0)
-    totals = torch.where(has_few[:, None], weights.sum(dim=-1, keepdim=True), totals)
-    before = weights.cumsum(dim=-1) - weights
-    kept &= before < _column([_share(row) for row in rows], scores) * totals
-    # An id whose score equals the last one kept belongs in, though the sum is reached before it.
-    last_kept = values.gather(1, kept.sum(dim=-1, keepdim=True) - 1)
-    kept = values >= last_kept
-    is_enough &= ~kept[:, -1]
-    if num_candidates == num_ids:
-        is_enough = torch.ones_like(is_enough)
-    by_id = candidates.argsort(dim=-1)
-    weights = torch.where(kept, values.exp(), 0.0).gather(1, by_id)
-    picked = _pick(weights, chances)
-    return candidates.gather(1, by_id).gather(1, picked[:, None])[:, 0], is_enough.tolist()
+        least = _column([row.least_score for row in rows], scores).float()
+        weights &= _within(distances, _distances(least))
+    top_ks = [min(row.params.top_k or num_ids, num_ids) for row in rows]
+    if min(top_ks) < num_ids:
+        counts = _ids(top_ks, scores)[:, None]
+        weights &= _within(distances, _limits(distances, torch.ones_like(weights), counts))
+    top_ps = [row.params.top_p for row in rows]
+    if min(top_ps) < 1.0:
+        shares = _shares(weights, _column(top_ps, scores))
+        weights &= _within(distances, _limits(distances, weights, shares))
+    return _pick(weights, _column([row.chance for row in rows], scores))
 
 
-def _draw_among_all(scores: Tensor, row: SamplingRow, chance: Tensor) -> Tensor:
-    """scores [ids] -> the id, by sorting the whole row."""
-    values = scores.sort(descending=True).values
-    values = values[values >= row.least_score]
-    if 0 < row.params.top_k < len(values):
-        values = values[values >= values[row.params.top_k - 1]]
-    weights = values.exp().double()
-    before = weights.cumsum(dim=0) - weights
-    num_kept = int((before < _share(row) * weights.sum()).sum())
-    kept = torch.where(scores >= values[num_kept - 1], scores.exp(), 0.0)
-    return _pick(kept[None], chance[None])[0]
+def _distances(scores: Tensor) -> Tensor:
+    """float32, none above 0 -> int32 in the opposite order: how far each is below 0, as bits."""
+    return scores.abs().view(torch.int32)
 
 
-def _share(row: SamplingRow) -> float:
-    # A top_p of 1 must not lose the last candidates to the rounding of a sum.
-    return row.params.top_p if row.params.top_p < 1.0 else math.inf
+def _weights(scores: Tensor) -> Tensor:
+    """float32 [rows, ids], none above 0 -> their exp, int64, in the least unit whose sums fit.
+
+    With 110,592 ids it is 2^-45 of the likeliest id's weight; what is lighter is never drawn.
+    """
+    return scores.exp().mul_(2.0 ** (62 - scores.shape[1].bit_length())).long()
+
+
+def _shares(weights: Tensor, top_ps: Tensor) -> Tensor:
+    """weights int64 [rows, ids] -> the least sums that have the share top_p, int64 [rows, 1]."""
+    totals = weights.sum(dim=-1, keepdim=True)
+    shares = (top_ps * totals).ceil().long().minimum(totals)
+    # A top_p of 1 must not lose the last ids to the rounding of a float64.
+    return torch.where(top_ps < 1.0, shares, totals)
+
+
+def _within(distances: Tensor, limits: Tensor) -> Tensor:
+    """int32 [rows, ids] and [rows, 1] -> int64 [rows, ids], every bit set where not beyond it."""
+    # In place and without booleans: a CPU compares so many times faster.
+    return distances.clone().le_(limits).neg_().long()
+
+
+def _limits(distances: Tensor, weights: Tensor, sums: Tensor) -> Tensor:
+    """The least distance of each row within which the weights reach its sum, int32 [rows, 1].
+
+    distances int32 and weights int64 [rows, ids]; sums int64 [rows, 1], each from 1 to the sum of
+    the row's weights.
+    """
+    num_rows, num_ids = distances.shape
+    digits = distances >> _FIRST_SHIFT
+    held = weights.new_zeros(num_rows, 1 << _FIRST_BITS).scatter_add_(1, digits.long(), weights)
+    found, sums = _reached(held, sums)
+    limits = found << _FIRST_SHIFT
+    members = digits.eq_(found.int()).flatten().nonzero()[:, 0]
+    rows, distances, weights = members // num_ids, distances.take(members), weights.take(members)
+    for shift in (_DIGIT_BITS, 0):
+        digits = distances >> shift & (1 << _DIGIT_BITS) - 1
+        bins = (rows << _DIGIT_BITS) + digits
+        held = weights.new_zeros(num_rows << _DIGIT_BITS).scatter_add_(0, bins, weights)
+        found, sums = _reached(held.view(num_rows, -1), sums)
+        limits |= found << shift
+        if shift:
+            members = (digits == found[:, 0][rows]).nonzero()[:, 0]
+            rows, distances, weights = rows[members], distances[members], weights[members]
+    return limits.int()
+
+
+def _reached(held: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """held [rows, bins], sums [rows, 1] -> the bin that reaches each sum, and what it must add."""
+    cumulative = held.cumsum(dim=-1)
+    found = torch.searchsorted(cumulative, sums)
+    return found, sums - (cumulative - held).gather(1, found)
 
 
 def _pick(weights: Tensor, chances: Tensor) -> Tensor:
-    """weights [rows, n], chances [rows, 1] in [0, 1) -> the index each falls on, [rows]."""
-    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
-    # Strictly under the total, so that rounding never lands behind the last weight.
+    """weights int64 [rows, n], chances [rows, 1] in [0, 1) -> the index each falls on, [rows]."""
+    cumulative = weights.cumsum(dim=-1)
     totals = cumulative[:, -1:]
-    target = torch.minimum(chances * totals, torch.nextafter(totals, torch.zeros_like(totals)))
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+    # Under the total, so that rounding never lands behind the last weight.
+    targets = (chances * totals).long().minimum(totals - 1)
+    return torch.searchsorted(cumulative, targets, right=True)[:, 0]
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
+
+
+def _ids(values: Sequence[int], like: Tensor) -> Tensor:
+    # By way of NumPy, which reads thousands of them several times faster.
+    return torch.from_numpy(np.array(values, np.int64)).to(like.device)

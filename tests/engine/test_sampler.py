@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from server.core import SamplingParams
-from server.engine.sampler import NUM_CANDIDATES, sample, seed_of_choice, uniform
 from server.engine.sampler import SamplingRow as Row
+from server.engine.sampler import sample, seed_of_choice, uniform
 
 NUM_IDS = 1000
 
@@ -95,7 +95,7 @@ def mixed_rows(num_rows: int) -> list[Row]:
             num_generated=int(rng.integers(0, 50)),
             temperature=float(rng.choice([0.0, 1e-6, 0.3, 1.0, 2.0])),
             top_p=float(rng.choice([0.01, 0.6, 0.95, 0.9999, 1.0])),
-            top_k=int(rng.choice([0, 0, 1, 5, NUM_CANDIDATES, 300, NUM_IDS, 10 * NUM_IDS])),
+            top_k=int(rng.choice([0, 0, 1, 5, 128, 300, NUM_IDS, 10 * NUM_IDS])),
             min_p=float(rng.choice([0.0, 0.0, 0.001, 0.3, 1.0])),
             repetition_penalty=float(rng.choice([1.0, 1.3])),
             presence_penalty=float(rng.choice([0.0, 1.5, -0.5])),
@@ -159,13 +159,13 @@ def test_equal_scores_are_kept_together() -> None:
     assert set(ids[:300]) == set(ids[300:]) == {7, 400, 999}
 
 
-def test_more_equal_scores_than_candidates_are_still_kept_together() -> None:
+def test_scores_that_are_all_equal_are_kept_together() -> None:
     logits = torch.zeros(2000, NUM_IDS)
     rows = [row(top_k=1, position=position) for position in range(2000)]
-    assert len(set(sample(logits, rows))) > 2 * NUM_CANDIDATES
+    assert len(set(sample(logits, rows))) > NUM_IDS / 2
 
 
-def test_scores_equal_to_the_kth_beyond_the_candidates_count_in_the_nucleus() -> None:
+def test_scores_equal_to_the_kth_count_in_the_nucleus() -> None:
     """Ten leaders hold far less than the share asked for, of all that top_k keeps."""
     logits = np.zeros((400, 500), np.float32)
     logits[:, :10] = 1.0
@@ -173,6 +173,67 @@ def test_scores_equal_to_the_kth_beyond_the_candidates_count_in_the_nucleus() ->
     expected = [reference(each, asked) for each, asked in zip(logits, rows, strict=True)]
     assert sample(torch.from_numpy(logits.copy()), rows) == expected
     assert any(token_id is not None and token_id >= 10 for token_id in expected)
+
+
+FILTERS: tuple[dict[str, float], ...] = (
+    {"top_p": 0.001},
+    {"top_p": 0.6},
+    {"top_p": 0.999},
+    {"top_k": 1},
+    {"top_k": 300},
+    {"top_k": 700, "top_p": 0.6},
+    {"top_k": 700, "min_p": 0.013, "top_p": 0.9},
+    {"min_p": 0.02},
+    {},
+)
+"""All that narrows a row, to be drawn for in one batch."""
+
+
+def assert_equals_reference(logits: npt.NDArray[np.float32], rows: Sequence[Row]) -> None:
+    expected = [reference(each, asked) for each, asked in zip(logits, rows, strict=True)]
+    assert sample(torch.from_numpy(logits.copy()), rows) == expected
+
+
+@pytest.mark.parametrize("num_ids", [32_000, 110_592])
+@pytest.mark.parametrize("scale", [0.0, 0.65, 3.0])
+def test_rows_as_wide_as_a_vocabulary_equal_the_sorted_reference(
+    num_ids: int, scale: float
+) -> None:
+    """Equal scores, what random weights make, and what a trained model is like."""
+    rng = np.random.default_rng(num_ids)
+    rows = [
+        row(temperature=0.5, position=position, **params)
+        for position, params in enumerate(FILTERS, start=9)
+    ]
+    logits = (rng.standard_normal((len(rows), num_ids)) * scale).astype(np.float32)
+    assert_equals_reference(logits, rows)
+
+
+def test_scores_that_differ_in_their_last_bits_only_are_told_apart() -> None:
+    """Behind one leader, within a thousandth of each other and in no order."""
+    steps = np.random.default_rng(5).permutation(NUM_IDS)
+    logits = np.tile(-(2.0 + steps * 2.0**-21), (40 * len(FILTERS), 1)).astype(np.float32)
+    assert len(np.unique(logits[0])) == NUM_IDS
+    logits[:, 123] = 0.0
+    rows = [
+        row(temperature=0.5, position=position, **params)
+        for params in FILTERS
+        for position in range(40)
+    ]
+    assert_equals_reference(logits, rows)
+
+
+def test_equal_scores_across_a_threshold_equal_the_sorted_reference() -> None:
+    """Five values, 200 ids each: nearly every threshold falls among equals."""
+    values = np.random.default_rng(6).permutation(np.repeat(np.arange(5.0), NUM_IDS // 5))
+    rows = [row(position=position, **params) for params in FILTERS for position in range(40)]
+    assert_equals_reference(np.tile(values, (len(rows), 1)).astype(np.float32), rows)
+
+
+@pytest.mark.parametrize("num_ids", [1, 2, 3, 4, 7, 8])
+def test_a_small_vocabulary_equals_the_sorted_reference(num_ids: int) -> None:
+    rows = [row(position=position, **params) for params in FILTERS for position in range(40)]
+    assert_equals_reference(noise(len(rows), scale=1.0)[:, :num_ids], rows)
 
 
 @pytest.mark.parametrize("params", [{}, {"top_p": 0.5}, {"min_p": 0.5}, {"temperature": 0.0}])
