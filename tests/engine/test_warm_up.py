@@ -156,6 +156,27 @@ def test_a_fixed_cost_does_not_pass_for_slow_tokens() -> None:
     assert budget.max_tokens > 1000
 
 
+@pytest.mark.parametrize("step", range(1, 12))
+def test_one_slow_step_makes_no_small_budget(step: int) -> None:
+    """Whichever of the first ones it is."""
+    expected = measure(TimedRunner(token_s=1e-4, tile_s=0.01))
+    runner = TimedRunner(token_s=1e-4, tile_s=0.01)
+    run, num_steps = runner.run, 0
+
+    def run_with_a_hiccup(batch: Batch) -> list[SpanOutput]:
+        nonlocal num_steps
+        num_steps += 1
+        runner.now_s += 2.0 * (num_steps == step)
+        return run(batch)
+
+    runner.run = run_with_a_hiccup  # type: ignore[method-assign]
+    measured = measure(runner)
+    assert (measured.budget, measured.stages_per_tile) == (
+        expected.budget,
+        expected.stages_per_tile,
+    )
+
+
 def test_an_explicit_setting_is_taken_as_it_is() -> None:
     budget = measure(TimedRunner(token_s=0.5), max_tokens=300).budget
     assert budget.max_tokens == 300
