@@ -24,29 +24,38 @@ Key: TypeAlias = tuple[str, str]
 class Encoding:
     """One medium and how far it has been encoded.
 
-    `features[i]` is what the model made of tile i, `embeds` what all of them make together and
-    what replaces them; only the runner looks inside.
+    Each tile passes through `stages_per_tile` stages, one tile after another; `num_stages_encoded`
+    counts the stages of all of them. `partial[i]` is how many stages tile i has passed and what it
+    has become, `features[i]` what the model made of it in the end, `embeds` what all tiles make
+    together and what replaces their features; only the runner looks inside.
     """
 
     key: Key
     num_tiles: int
     num_bytes: int
-    num_tiles_encoded: int = 0
+    stages_per_tile: int = 1
+    num_stages_encoded: int = 0
+    partial: dict[int, tuple[int, Tensor]] = field(default_factory=dict)
     features: dict[int, Tensor] = field(default_factory=dict)
     embeds: Tensor | None = None
     is_forgotten: bool = False
 
     @property
+    def num_stages(self) -> int:
+        return self.num_tiles * self.stages_per_tile
+
+    @property
     def is_complete(self) -> bool:
-        return self.num_tiles_encoded == self.num_tiles
+        return self.num_stages_encoded == self.num_stages
 
 
 class EncoderCache:
     """All encodings there are: held by sequences, or complete and kept."""
 
-    def __init__(self, *, max_bytes: int, bytes_per_token: int) -> None:
+    def __init__(self, *, max_bytes: int, bytes_per_token: int, stages_per_tile: int = 1) -> None:
         self._max_bytes = max_bytes
         self._bytes_per_token = bytes_per_token
+        self._stages_per_tile = stages_per_tile
         self._held: dict[Key, Encoding] = {}
         self._holders: Counter[Key] = Counter()
         self._kept: OrderedDict[Key, Encoding] = OrderedDict()
@@ -84,7 +93,8 @@ class EncoderCache:
         if encoding is None:
             self.num_misses += 1
             num_bytes = vision.num_tokens * self._bytes_per_token
-            encoding = Encoding(key, len(vision.layout.tile_queries), num_bytes)
+            num_tiles = len(vision.layout.tile_queries)
+            encoding = Encoding(key, num_tiles, num_bytes, self._stages_per_tile)
         else:
             self.num_hits += 1
             if key not in self._held:

@@ -34,6 +34,7 @@ class EngineFacts:
     max_tokens_per_step: int
     max_tokens_beside_answers: int
     tokens_per_tile: int
+    stages_per_tile: int
     slowest_step_s: float
     load_s: float
 

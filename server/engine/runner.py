@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -18,11 +18,13 @@ from torch import Tensor
 
 from server.attention.backend import AttentionInputs, LayerCache
 from server.core import TokenLogprobs, VisionLayout
+from server.engine.encodings import Encoding
 from server.engine.logprobs import token_logprobs
 from server.engine.sampler import SamplingRow, sample
 from server.engine.sequence import (
     Batch,
     DeviceError,
+    Medium,
     Sequence,
     Span,
     SpanOutput,
@@ -38,6 +40,9 @@ MAX_CONTEXTS_CACHED = 16
 DEVICE_CACHE_SHARE = 0.8
 """Of what an accelerator has free after the weights: the rest is for activations."""
 
+MAX_TILES_AT_ONCE = 8
+"""Tiles that go through the tower together: more are no faster, and each takes memory."""
+
 MAX_PROMPT_LOGITS_ROWS = 64
 """Positions of a prompt whose logits are in memory together: each is as wide as the vocabulary."""
 
@@ -45,8 +50,14 @@ MAX_PROMPT_LOGITS_ROWS = 64
 class Model(Protocol):
     """What the runner needs of a model; see `server.model.vlm`."""
 
-    def encode_tiles(self, tiles: Tensor, queries: AbstractSequence[int]) -> list[Tensor]:
-        """uint8 [tiles, size, size, 3] -> features [queries[i], hidden] of tile i"""
+    def start_tiles(self, tiles: Tensor) -> Tensor:
+        """uint8 [tiles, size, size, 3] -> states [tiles, patches, channels]"""
+
+    def advance_tiles(self, states: Tensor, stages: range, num_stages: int) -> Tensor:
+        """States after these of `num_stages` stages, in which all of the tower's work is done"""
+
+    def finish_tiles(self, states: Tensor, queries: AbstractSequence[int]) -> list[Tensor]:
+        """States after the last stage -> features [queries[i], hidden] of tile i"""
 
     def assemble(self, features: list[Tensor], layout: VisionLayout) -> Tensor:
         """Features of all tiles of a medium -> [its tokens, hidden]"""
@@ -59,6 +70,13 @@ class Model(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] -> float32 [rows, ids], -inf for ids that have no token"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    encoding: Encoding
+    medium: Medium
+    index: int
 
 
 class Runner:
@@ -89,20 +107,43 @@ class Runner:
             raise DeviceError("the accelerator reported an error") from error
 
     def _encode_vision(self, batch: Batch) -> None:
-        # One whose embeds are there was finished when this step was run before.
+        """Tiles go through equal stages together, whosever they are.
+
+        What is there already was made when this step was run before, and is not made again.
+        """
         parts = [part for part in batch.vision if part.encoding.embeds is None]
-        if not parts:
-            return
-        # Copied: what came over the socket is read-only, and torch knows no such thing.
-        tiles = np.concatenate([part.medium.tiles[part.start : part.stop] for part in parts])
-        places = [(part, tile) for part in parts for tile in range(part.start, part.stop)]
-        queries = [part.medium.vision.layout.tile_queries[tile] for part, tile in places]
-        encoded = self._model.encode_tiles(torch.from_numpy(tiles).to(self._device), queries)
-        for (part, tile), features in zip(places, encoded, strict=True):
-            part.encoding.features[tile] = features
+        groups: dict[tuple[range, int], list[_Tile]] = {}
         for part in parts:
-            if part.stop == part.encoding.num_tiles:
+            encoding = part.encoding
+            for index, stop in part.tiles:
+                start, _ = encoding.partial.get(index, (0, None))
+                if index not in encoding.features and start < stop:
+                    work = range(start, stop), encoding.stages_per_tile
+                    groups.setdefault(work, []).append(_Tile(encoding, part.medium, index))
+        for (stages, num_stages), tiles in groups.items():
+            for first in range(0, len(tiles), MAX_TILES_AT_ONCE):
+                self._advance_tiles(tiles[first : first + MAX_TILES_AT_ONCE], stages, num_stages)
+        for part in parts:
+            if part.stop == part.encoding.num_stages:
                 self._assemble(part)
+
+    def _advance_tiles(self, tiles: list[_Tile], stages: range, num_stages: int) -> None:
+        if stages.start == 0:
+            # Copied: what came over the socket is read-only, and torch knows no such thing.
+            pixels = np.stack([tile.medium.tiles[tile.index] for tile in tiles])
+            states = self._model.start_tiles(torch.from_numpy(pixels).to(self._device))
+        else:
+            states = torch.stack([tile.encoding.partial[tile.index][1] for tile in tiles])
+        states = self._model.advance_tiles(states, stages, num_stages)
+        if stages.stop < num_stages:
+            for tile, state in zip(tiles, states, strict=True):
+                tile.encoding.partial[tile.index] = stages.stop, state
+            return
+        queries = [tile.medium.vision.layout.tile_queries[tile.index] for tile in tiles]
+        encoded = self._model.finish_tiles(states, queries)
+        for tile, features in zip(tiles, encoded, strict=True):
+            tile.encoding.partial.pop(tile.index, None)
+            tile.encoding.features[tile.index] = features
 
     def _assemble(self, part: VisionSlice) -> None:
         encoding, vision = part.encoding, part.medium.vision

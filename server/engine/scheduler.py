@@ -240,7 +240,7 @@ class Scheduler:
     def commit(self, batch: Batch, outputs: AbstractSequence[SpanOutput]) -> list[TokenEvent]:
         """Takes in what the step made, an output for each span; returns what there is to tell."""
         for piece in batch.vision:
-            piece.encoding.num_tiles_encoded = piece.stop
+            piece.encoding.num_stages_encoded = piece.stop
         events: list[TokenEvent] = []
         for span, output in zip(batch.spans, outputs, strict=True):
             sequence = span.sequence
@@ -388,10 +388,13 @@ class Scheduler:
         return is_begun and not num_inside and not sequence.must_compute_prompt
 
     def _advance_prompts(self, prompts: list[Sequence], plan: _Plan) -> None:
-        left = max(1, self._budget.max_tokens - len(plan.spans))
-        if plan.spans:
-            left = min(left, self._budget.max_tokens_beside_answers)
+        room = max(1, self._budget.max_tokens - len(plan.spans))
+        left = min(room, self._budget.max_tokens_beside_answers) if plan.spans else room
         reserved = -(-left // SHARE_OF_THE_ELDEST)
+        price = self._budget.tokens_per_stage
+        if prompts and prompts[0].is_being_encoded and price <= room:
+            # One stage may exceed its share, but what others take leaves room for it in the step.
+            reserved = max(reserved, left - (room - price))
         for sequence in sorted(prompts, key=lambda sequence: sequence.num_to_compute):
             is_eldest = sequence is prompts[0]
             if is_eldest:
@@ -404,8 +407,8 @@ class Scheduler:
     ) -> int:
         """Adds what this sequence computes for at most `allowance` tokens; returns what it costs.
 
-        Its positions go as far as the allowance and the encoded media before them reach. A tile
-        that is dearer than any allowance is encoded where that `may_exceed`.
+        Its positions go as far as the allowance and the encoded media before them reach. A stage
+        of a tile that is dearer than any allowance is computed where that `may_exceed`.
         """
         spent = 0
         stop = len(sequence)
@@ -416,14 +419,14 @@ class Scheduler:
             if medium.start >= min(stop, sequence.num_computed + allowance - spent):
                 break
             if encoding not in plan.encodings:  # else another sequence encodes it in this step
-                first, price = encoding.num_tiles_encoded, self._budget.tokens_per_tile
+                first, price = encoding.num_stages_encoded, self._budget.tokens_per_stage
                 count = max((allowance - spent) // price, int(may_exceed and not spent))
-                last = min(encoding.num_tiles, first + count)
+                last = min(encoding.num_stages, first + count)
                 if last > first:
                     plan.vision.append(VisionSlice(sequence, encoding, medium, first, last))
                     plan.encodings.add(encoding)
                     spent += (last - first) * price
-                if last == encoding.num_tiles:
+                if last == encoding.num_stages:
                     continue
             stop = medium.start  # the rest, and so its embeds, come in a later step
             break

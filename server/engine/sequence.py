@@ -131,8 +131,13 @@ class Sequence:
     @property
     def is_answering(self) -> bool:
         """Whether one position is left to compute, and nothing that has to be encoded first."""
-        return self.num_to_compute == 1 and all(
-            medium.encoding is None or medium.encoding.is_complete for medium in self.media
+        return self.num_to_compute == 1 and not self.is_being_encoded
+
+    @property
+    def is_being_encoded(self) -> bool:
+        """Whether there is a medium whose positions cannot be computed yet."""
+        return any(
+            medium.encoding is not None and not medium.encoding.is_complete for medium in self.media
         )
 
     @property
@@ -181,18 +186,22 @@ class Span:
 class StepBudget:
     """What one step may hold, all of it priced in tokens of a prompt.
 
-    `max_tokens_beside_answers` is the limit for prompts and tiles in a step that running answers
-    wait for. A step that could hold nothing else may hold one tile, whatever a tile costs.
+    `tokens_per_stage` is the price of one stage of one tile. `max_tokens_beside_answers` is the
+    limit for prompts and tiles in a step that running answers wait for. One stage of the eldest
+    prompt may exceed it, and `max_tokens` too where a stage alone is dearer than that.
     """
 
     max_tokens: int
-    tokens_per_tile: int
+    tokens_per_stage: int
     max_tokens_beside_answers: int
 
 
 @dataclass(frozen=True, slots=True)
 class VisionSlice:
-    """The tiles [start, stop) of a sequence's medium, encoded in one step, before its spans."""
+    """The stages [start, stop) of a sequence's medium, encoded in one step, before its spans.
+
+    The stages of its tiles are counted through, one tile after another.
+    """
 
     sequence: Sequence
     encoding: Encoding
@@ -202,6 +211,13 @@ class VisionSlice:
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+    @property
+    def tiles(self) -> Iterator[tuple[int, int]]:
+        """Each tile that goes on, with how many stages it will have passed."""
+        per_tile = self.encoding.stages_per_tile
+        for tile in range(self.start // per_tile, -(-self.stop // per_tile)):
+            yield tile, min(per_tile, self.stop - tile * per_tile)
 
 
 @dataclass(frozen=True, slots=True)

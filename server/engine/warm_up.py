@@ -25,15 +25,19 @@ from server.core import (
 from server.engine.blocks import BlockPool
 from server.engine.encodings import EncoderCache
 from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence, StepBudget
+from server.engine.sequence import Batch, Sequence, SpanOutput, StepBudget
 from server.engine.worker import StepRunner
 from server.errors import CheckpointError, ConfigError
 
 TARGET_STEP_S = 1.0
+TARGET_WAIT_S = TARGET_STEP_S / 4
+"""What running answers wait for others in a step, unless their own part takes longer. On a machine
+for which the model is large that is about their own part: they go on at half their speed."""
 MIN_TOKENS_PER_STEP = 16
 MAX_TOKENS_PER_STEP = 2048
 MIN_TOKENS_BESIDE_ANSWERS = 64
-"""Fewer rows than this cost nearly as much as these: the weights are read for them all."""
+"""Fewer rows than this cost nearly as much as these: the weights are read for them all. Fewer it is
+where these would take longer than `TARGET_WAIT_S`."""
 
 FIRST_PROBE_TOKENS = 32
 PROBE_GROWTH = 4
@@ -43,9 +47,13 @@ LONG_ENOUGH_S = TARGET_STEP_S / 8
 
 @dataclass(frozen=True, slots=True)
 class WarmUp:
-    """The budget that was found, and the longest step (seconds) that was seen while finding it."""
+    """The budget that was found, and the longest step (seconds) that was seen while finding it.
+
+    A tile is to be encoded in `stages_per_tile` stages, for which the budget has the price.
+    """
 
     budget: StepBudget
+    stages_per_tile: int
     slowest_s: float
 
 
@@ -54,6 +62,7 @@ def warm_up(
     pool: BlockPool,
     *,
     vision: VisionSpec | None,
+    max_stages_per_tile: int,
     max_tokens: int | None,
     clock: Callable[[], float] = time.monotonic,
 ) -> WarmUp:
@@ -71,15 +80,18 @@ def warm_up(
     if max_tokens is None:
         fitting = int((TARGET_STEP_S - answer_s) / token_s)
         max_tokens = max(MIN_TOKENS_PER_STEP, min(MAX_TOKENS_PER_STEP, fitting))
+    least_beside = min(MIN_TOKENS_BESIDE_ANSWERS, math.ceil(TARGET_WAIT_S / token_s))
+    beside_answers = max(1, min(max_tokens, max(least_beside, int(answer_s / token_s))))
     tile_s = _tile_s(probe, vision, num_cached=pool.num_tokens) if vision is not None else 0.0
+    tokens_per_tile = tile_s / token_s
+    # So many that one of them fits beside answers.
+    num_stages = max(1, min(max_stages_per_tile, math.ceil(tokens_per_tile / beside_answers)))
     budget = StepBudget(
         max_tokens=max_tokens,
-        tokens_per_tile=max(1, math.ceil(tile_s / token_s)),
-        max_tokens_beside_answers=max(
-            1, min(max_tokens, max(MIN_TOKENS_BESIDE_ANSWERS, int(answer_s / token_s)))
-        ),
+        tokens_per_stage=max(1, math.ceil(tokens_per_tile / num_stages)),
+        max_tokens_beside_answers=beside_answers,
     )
-    return WarmUp(budget, probe.slowest_s)
+    return WarmUp(budget, num_stages, probe.slowest_s)
 
 
 def _long_enough_prompt(probe: _Probe, pool: BlockPool) -> tuple[int, float]:
@@ -87,14 +99,16 @@ def _long_enough_prompt(probe: _Probe, pool: BlockPool) -> tuple[int, float]:
     most = min(MAX_TOKENS_PER_STEP, pool.num_tokens - 1)
     num_tokens = min(FIRST_PROBE_TOKENS, most)
     while True:
-        step_s = max(probe.run(_request((0,) * num_tokens, max_tokens=1)))
+        request = _request((0,) * num_tokens, max_tokens=1)
+        # Twice: one hiccup must not make every later step small.
+        step_s = min(max(probe.run(request)) for _ in range(2))
         if step_s >= LONG_ENOUGH_S or num_tokens * PROBE_GROWTH > most:
             return num_tokens, step_s
         num_tokens *= PROBE_GROWTH
 
 
 def _tile_s(probe: _Probe, vision: VisionSpec, *, num_cached: int) -> float:
-    """Seconds for one tile, the few positions of its features included."""
+    """Seconds for one tile, after a whole picture of one has gone through everything."""
     picture = VisionInput("image", VisionLayout((vision.image_queries,)), digest="")
     ids = (vision.image_token_id,) * picture.num_tokens
     tiles = np.zeros((1, vision.tile_size, vision.tile_size, 3), np.uint8)
@@ -104,7 +118,8 @@ def _tile_s(probe: _Probe, vision: VisionSpec, *, num_cached: int) -> float:
             f"the key/value cache holds {num_cached} tokens, but one tile alone takes {len(ids)}: "
             "raise model.max_context or engine.kv_cache_bytes"
         )
-    return min(max(probe.run(request, [tiles])) for _ in range(2))
+    probe.run(request, [tiles])
+    return min(probe.first_step_s(request, [tiles], max_tokens=1) for _ in range(2))
 
 
 class _Probe:
@@ -118,24 +133,47 @@ class _Probe:
 
     def run(self, request: GenerationRequest, tiles: AbstractSequence[Tiles] = ()) -> list[float]:
         """The seconds of each of its steps."""
-        scheduler = Scheduler(
-            self._pool,
-            EncoderCache(max_bytes=0, bytes_per_token=1),
-            budget=StepBudget(MAX_TOKENS_PER_STEP, 1, MAX_TOKENS_PER_STEP),
-            max_running=1,
-        )
-        scheduler.add(Sequence.from_request(request, list(tiles)))
+        scheduler = self._begin(request, tiles, max_tokens=MAX_TOKENS_PER_STEP)
         steps_s: list[float] = []
         while batch := scheduler.schedule():
-            started_s = self._clock()
-            outputs = self._runner.run(batch)
-            steps_s.append(self._clock() - started_s)
+            outputs, step_s = self._timed(batch)
+            steps_s.append(step_s)
             for event in scheduler.commit(batch, outputs):
                 if event.finish_reason == "error":
                     raise CheckpointError("the model gave no usable logits in its self-test")
         scheduler.check()
-        self.slowest_s = max(self.slowest_s, *steps_s)
         return steps_s
+
+    def first_step_s(
+        self, request: GenerationRequest, tiles: AbstractSequence[Tiles], *, max_tokens: int
+    ) -> float:
+        """The seconds of its first step, of so many tokens: a tile is priced as one of them."""
+        scheduler = self._begin(request, tiles, max_tokens=max_tokens)
+        batch = scheduler.schedule()
+        assert batch is not None
+        _, step_s = self._timed(batch)
+        scheduler.abort(request.request_id)
+        scheduler.check()
+        return step_s
+
+    def _begin(
+        self, request: GenerationRequest, tiles: AbstractSequence[Tiles], *, max_tokens: int
+    ) -> Scheduler:
+        scheduler = Scheduler(
+            self._pool,
+            EncoderCache(max_bytes=0, bytes_per_token=1),
+            budget=StepBudget(max_tokens, 1, max_tokens),
+            max_running=1,
+        )
+        scheduler.add(Sequence.from_request(request, list(tiles)))
+        return scheduler
+
+    def _timed(self, batch: Batch) -> tuple[AbstractSequence[SpanOutput], float]:
+        started_s = self._clock()
+        outputs = self._runner.run(batch)
+        step_s = self._clock() - started_s
+        self.slowest_s = max(self.slowest_s, step_s)
+        return outputs, step_s
 
 
 def _request(

@@ -114,6 +114,7 @@ def _load(channel: SocketChannel, wrap: Callable[[Runner], StepRunner]) -> Worke
         runner,
         BlockPool(num_blocks=num_blocks, block_size=block_size),
         vision=vision,
+        max_stages_per_tile=info.tower.num_parts if info.tower is not None else 1,
         max_tokens=start.max_tokens_per_step,
     )
     budget = measured.budget
@@ -123,6 +124,7 @@ def _load(channel: SocketChannel, wrap: Callable[[Runner], StepRunner]) -> Worke
         EncoderCache(
             max_bytes=start.encoder_cache_bytes,
             bytes_per_token=info.text.hidden_size * DTYPE_BYTES[dtype],
+            stages_per_tile=measured.stages_per_tile,
         ),
         budget=budget,
         # Each of them takes a position of every step.
@@ -140,7 +142,8 @@ def _load(channel: SocketChannel, wrap: Callable[[Runner], StepRunner]) -> Worke
         attention=type(backend).__name__,
         max_tokens_per_step=budget.max_tokens,
         max_tokens_beside_answers=budget.max_tokens_beside_answers,
-        tokens_per_tile=budget.tokens_per_tile,
+        tokens_per_tile=budget.tokens_per_stage * measured.stages_per_tile,
+        stages_per_tile=measured.stages_per_tile,
         slowest_step_s=round(measured.slowest_s, 3),
         load_s=round(time.monotonic() - started_s, 3),
     )

@@ -95,6 +95,11 @@ class VisionTowerConfig:
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def num_parts(self) -> int:
+        """Parts of a tile's way that take about as long: the layers, and the projector as one."""
+        return self.num_layers_used + 1
+
 
 @dataclass(frozen=True, slots=True)
 class ProjectorConfig:

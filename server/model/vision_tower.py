@@ -110,9 +110,17 @@ class Encoder(nn.Module):
     def __init__(self, config: VisionTowerConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(TowerLayer(config) for _ in range(config.num_layers_used))
+        self.num_parts = config.num_parts
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        for layer in self.layers:
+    def forward(self, hidden: Tensor, stages: range, num_stages: int) -> Tensor:
+        """The layers of some of `num_stages` stages, which share all parts as evenly as can be.
+
+        The last part is the projector, which comes after the last stage.
+        """
+        first, stop = (
+            self.num_parts * stage // num_stages for stage in (stages.start, stages.stop)
+        )
+        for layer in self.layers[first:stop]:
             hidden = layer(hidden)
         return hidden
 
@@ -132,10 +140,17 @@ class VisionTower(nn.Module):
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
 
-    def forward(self, tiles: Tensor) -> Tensor:
-        """tiles uint8 [tiles, size, size, 3] -> features [tiles, patches, hidden]."""
+    def start(self, tiles: Tensor) -> Tensor:
+        """uint8 [tiles, size, size, 3] -> the first layer's input [tiles, patches, hidden]."""
         pixels = tiles.permute(0, 3, 1, 2).float() * self.rescale_factor
         pixels = (pixels - self.mean) / self.std
-        embedded = self.embeddings(pixels.to(self.embeddings.patch_embedding.weight.dtype))
-        features: Tensor = self.encoder(embedded)
-        return features
+        states: Tensor = self.embeddings(pixels.to(self.embeddings.patch_embedding.weight.dtype))
+        return states
+
+    def advance(self, states: Tensor, stages: range, num_stages: int) -> Tensor:
+        """States [tiles, patches, hidden] after these of `num_stages` stages.
+
+        After all of them they are the features.
+        """
+        advanced: Tensor = self.encoder(states, stages, num_stages)
+        return advanced

@@ -16,9 +16,6 @@ from server.model.decoder import Decoder
 from server.model.projector import PROJECTORS
 from server.model.vision_tower import VisionTower
 
-MAX_TILES_AT_ONCE = 8
-"""Tiles that go through the tower together: more are no faster, and each takes memory."""
-
 
 class VisionLanguageModel(nn.Module):
     """Built without weights: `server.model.checkpoint.load_model` makes a usable one."""
@@ -37,28 +34,19 @@ class VisionLanguageModel(nn.Module):
             self.mm_projector = PROJECTORS[info.projector.kind](info.projector)
             self.image_newline = nn.Parameter(torch.empty(text.hidden_size))
 
-    def encode_vision(self, tiles: Tensor, layouts: Sequence[VisionLayout]) -> list[Tensor]:
-        """uint8 [tiles, size, size, 3] of all media, one after another -> one tensor for each.
+    def start_tiles(self, tiles: Tensor) -> Tensor:
+        """uint8 [tiles, size, size, 3], of whatever media -> states [tiles, patches, channels]."""
+        return self._tower().start(tiles)
 
-        Tensor i is [layouts[i].num_tokens, hidden], ready to replace the medium's placeholders.
-        """
-        queries = [count for layout in layouts for count in layout.tile_queries]
-        features = self.encode_tiles(tiles, queries)
-        media, taken = [], 0
-        for layout in layouts:
-            own = features[taken : taken + len(layout.tile_queries)]
-            taken += len(own)
-            media.append(self.assemble(own, layout))
-        return media
+    def advance_tiles(self, states: Tensor, stages: range, num_stages: int) -> Tensor:
+        """States after these stages of the tower: any `num_stages` of them are its layers."""
+        return self._tower().advance(states, stages, num_stages)
 
-    def encode_tiles(self, tiles: Tensor, queries: Sequence[int]) -> list[Tensor]:
-        """uint8 [tiles, size, size, 3] -> [queries[i], hidden] for tile i, whatever its medium."""
-        if len(queries) != len(tiles):
-            raise ValueError(f"{len(tiles)} tiles for layouts of {len(queries)}")
-        features: list[Tensor] = []
-        for start in range(0, len(tiles), MAX_TILES_AT_ONCE):
-            stop = start + MAX_TILES_AT_ONCE
-            features += self._tile_features(tiles[start:stop], queries[start:stop])
+    def finish_tiles(self, states: Tensor, queries: Sequence[int]) -> list[Tensor]:
+        """States after all stages -> features [queries[i], hidden] of tile i."""
+        if self.mm_projector is None:
+            raise ValueError("a text checkpoint has no projector")
+        features: list[Tensor] = self.mm_projector(states, queries)
         return features
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -74,12 +62,6 @@ class VisionLanguageModel(nn.Module):
         """hidden [rows, hidden] -> float32 [rows, logits_rows]; ids without a token are -inf."""
         return self.language_model.logits(hidden)
 
-    def _tile_features(self, tiles: Tensor, queries: Sequence[int]) -> list[Tensor]:
-        if self.vision_model is None or self.mm_projector is None:
-            raise ValueError("a text checkpoint has no vision tower")
-        projected: list[Tensor] = self.mm_projector(self.vision_model(tiles), queries)
-        return projected
-
     def assemble(self, features: list[Tensor], layout: VisionLayout) -> Tensor:
         """The features of one medium's tiles -> [num_tokens, hidden], in the decoder's order."""
         if layout.local_grid is not None and layout.kept is not None:
@@ -93,6 +75,11 @@ class VisionLanguageModel(nn.Module):
         if len(tokens) != layout.num_tokens:
             raise ValueError(f"{len(tokens)} features for {layout.num_tokens} placeholders")
         return tokens
+
+    def _tower(self) -> VisionTower:
+        if self.vision_model is None:
+            raise ValueError("a text checkpoint has no vision tower")
+        return self.vision_model
 
     def _kept_rows(self, tiles: Tensor, layout: VisionLayout) -> Tensor:
         """tiles [rows * columns, side * side, hidden], row-major -> the kept map, flattened.

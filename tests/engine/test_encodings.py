@@ -14,7 +14,7 @@ def picture(name: str, num_tokens: int = 10) -> VisionInput:
 
 def encode(cache: EncoderCache, name: str, *, tenant: str = "t", num_tokens: int = 10) -> None:
     encoding = cache.acquire(tenant, picture(name, num_tokens))
-    encoding.num_tiles_encoded = 1
+    encoding.num_stages_encoded = 1
     cache.release(encoding)
 
 
@@ -24,7 +24,7 @@ def test_who_shows_the_same_shares_it_before_and_after_it_is_complete() -> None:
     assert cache.acquire("t", picture("a")) is first
     assert cache.num_bytes == cache.held_bytes == 20
     cache.check([first, first])
-    first.num_tiles_encoded = 1
+    first.num_stages_encoded = 1
     cache.release(first)
     cache.release(first)
     cache.check([])

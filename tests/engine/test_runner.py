@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
+from collections.abc import Sequence as AbstractSequence
 from dataclasses import replace
 
 import numpy as np
@@ -22,14 +24,15 @@ from server.core import (
 )
 from server.engine import runner as runner_module
 from server.engine.blocks import BlockPool
-from server.engine.encodings import EncoderCache
+from server.engine.encodings import EncoderCache, Encoding
 from server.engine.runner import Runner, choose_cache_bytes
 from server.engine.scheduler import Scheduler
-from server.engine.sequence import Batch, Sequence, Span, StepBudget
+from server.engine.sequence import Batch, Sequence, Span, StepBudget, VisionSlice
 from server.model.checkpoint import load_model
 from server.model.config import CheckpointInfo
 from server.model.vlm import VisionLanguageModel
 from tests.engine.samples import make_request, make_tiles
+from tests.model.loading import encode_vision
 
 BLOCK_SIZE = 4
 SIDE = 56
@@ -44,16 +47,22 @@ VIDEO = VisionInput("video", VisionLayout((16, *[4] * 8, 16, 4, 4)), "b" * 64)
 
 Events = Callable[..., list[TokenEvent]]
 Answer = Callable[..., dict[str, list[int]]]
+Encode = Callable[..., list[Tensor]]
 FullLogprobs = Callable[[GenerationRequest, list[int]], Tensor]
 
 
 def make_scheduler(
-    *, chunk: int = 10_000, tile_price: int = 1, max_running: int = 1, num_blocks: int = 256
+    *,
+    chunk: int = 10_000,
+    stage_price: int = 1,
+    max_running: int = 1,
+    num_blocks: int = 256,
+    stages_per_tile: int = 1,
 ) -> Scheduler:
     return Scheduler(
         BlockPool(num_blocks=num_blocks, block_size=BLOCK_SIZE),
-        EncoderCache(max_bytes=1 << 20, bytes_per_token=1),
-        budget=StepBudget(chunk, tile_price, chunk),
+        EncoderCache(max_bytes=1 << 20, bytes_per_token=1, stages_per_tile=stages_per_tile),
+        budget=StepBudget(chunk, stage_price, chunk),
         max_running=max_running,
     )
 
@@ -102,16 +111,9 @@ def make_runner(model: VisionLanguageModel, tiny_info: CheckpointInfo) -> Callab
 
 @pytest.fixture
 def events(make_runner: Callable[[], Runner]) -> Events:
-    def run(
-        *requests: GenerationRequest,
-        chunk: int = 10_000,
-        tile_price: int = 1,
-        max_running: int = 1,
-        num_blocks: int = 256,
-    ) -> list[TokenEvent]:
-        scheduler = make_scheduler(
-            chunk=chunk, tile_price=tile_price, max_running=max_running, num_blocks=num_blocks
-        )
+    def run(*requests: GenerationRequest, **options: int) -> list[TokenEvent]:
+        """What was told; `options` are those of `make_scheduler`."""
+        scheduler = make_scheduler(**options)
         runner = make_runner()
         for request in requests:
             tiles = make_tiles(request, side=SIDE)
@@ -172,7 +174,7 @@ def full_logprobs(model: VisionLanguageModel, tiny_info: CheckpointInfo) -> Full
             for medium, start, tiles in zip(
                 request.vision, request.vision_starts, pixels, strict=True
             ):
-                features = model.encode_vision(torch.from_numpy(tiles), [medium.layout])[0]
+                features = encode_vision(model, torch.from_numpy(tiles), [medium.layout])[0]
                 embeds[start : start + len(features)] = features
             hidden = model.forward(embeds, torch.arange(len(ids)), inputs)
             return model.logits(hidden).log_softmax(dim=-1)
@@ -205,27 +207,55 @@ def requests(tiny_info: CheckpointInfo) -> list[GenerationRequest]:
     ]
 
 
-@pytest.mark.parametrize(("chunk", "tile_price"), [(1, 1), (3, 2), (8, 2), (10_000, 2000)], ids=str)
+@pytest.mark.parametrize(
+    ("chunk", "stage_price", "stages_per_tile"),
+    [(1, 1, 1), (3, 2, 1), (8, 2, 1), (10_000, 2000, 1), (3, 1, 2), (7, 2, 3), (10_000, 1, 5)],
+    ids=str,
+)
 def test_chunking_never_changes_tokens(
-    answer: Answer, requests: list[GenerationRequest], chunk: int, tile_price: int
+    answer: Answer,
+    requests: list[GenerationRequest],
+    chunk: int,
+    stage_price: int,
+    stages_per_tile: int,
 ) -> None:
     whole = answer(*requests)
     assert len({tuple(ids) for ids in whole.values()}) > len(requests) // 2  # worth comparing
-    assert answer(*requests, chunk=chunk, tile_price=tile_price) == whole
+    in_parts = answer(
+        *requests, chunk=chunk, stage_price=stage_price, stages_per_tile=stages_per_tile
+    )
+    assert in_parts == whole
 
 
-@pytest.mark.parametrize(("chunk", "max_running"), [(10_000, 8), (10, 3)])
+@pytest.mark.parametrize(
+    ("chunk", "max_running", "stages_per_tile"), [(10_000, 8, 1), (10, 3, 1), (5, 3, 2)]
+)
 def test_neighbours_never_change_tokens(
-    answer: Answer, requests: list[GenerationRequest], chunk: int, max_running: int
+    answer: Answer,
+    requests: list[GenerationRequest],
+    chunk: int,
+    max_running: int,
+    stages_per_tile: int,
 ) -> None:
-    together = answer(*requests, chunk=chunk, max_running=max_running)
+    together = answer(
+        *requests, chunk=chunk, max_running=max_running, stages_per_tile=stages_per_tile
+    )
     assert together == answer(*requests)
 
 
-def test_preemption_never_changes_tokens(answer: Answer, requests: list[GenerationRequest]) -> None:
+@pytest.mark.parametrize(("chunk", "stages_per_tile"), [(10_000, 1), (5, 3)])
+def test_preemption_never_changes_tokens(
+    answer: Answer, requests: list[GenerationRequest], chunk: int, stages_per_tile: int
+) -> None:
     """Room for the longest alone, so that all of them together often have to go back."""
     longest = max(len(request.prompt_ids) + 8 for request in requests)
-    together = answer(*requests, max_running=8, num_blocks=-(-longest // BLOCK_SIZE) + 2)
+    together = answer(
+        *requests,
+        chunk=chunk,
+        stages_per_tile=stages_per_tile,
+        max_running=8,
+        num_blocks=-(-longest // BLOCK_SIZE) + 2,
+    )
     assert together == answer(*requests)
 
 
@@ -281,7 +311,7 @@ def test_each_token_tells_its_logprob_and_the_likeliest(
     "options",
     [
         {"chunk": 1},
-        {"chunk": 3, "tile_price": 2},
+        {"chunk": 3, "stage_price": 2},
         {"chunk": 10_000},
         {"chunk": 10, "max_running": 8, "num_blocks": 35},
     ],
@@ -407,17 +437,150 @@ def test_a_missing_medium_is_noticed_before_the_forward(
         make_runner().run(Batch([Span(sequence, 0, len(sequence))], [], []))
 
 
+@pytest.mark.parametrize("stages_per_tile", [1, 3])
 def test_running_a_step_again_gives_the_same(
-    make_runner: Callable[[], Runner], requests: list[GenerationRequest]
+    make_runner: Callable[[], Runner], requests: list[GenerationRequest], stages_per_tile: int
 ) -> None:
     runner = make_runner()
-    scheduler = make_scheduler(chunk=20, tile_price=4)
+    scheduler = make_scheduler(chunk=20, stage_price=4, stages_per_tile=stages_per_tile)
     request = requests[-1]
     scheduler.add(Sequence.from_request(request, make_tiles(request, side=SIDE)))
     while batch := scheduler.schedule():
         outputs = runner.run(batch)
         assert runner.run(batch) == outputs
         scheduler.commit(batch, outputs)
+
+
+def test_one_who_fails_in_the_middle_of_a_tile_leaves_it_to_the_other(
+    answer: Answer,
+    make_runner: Callable[[], Runner],
+    model: VisionLanguageModel,
+    monkeypatch: pytest.MonkeyPatch,
+    requests: list[GenerationRequest],
+) -> None:
+    """Both show the same picture. A step encodes one of its tiles, and the next one fails."""
+    bad = requests[2]
+    good = replace(bad, request_id="good", prompt_ids=(11, *bad.prompt_ids[1:]))
+    runner = make_runner()
+    scheduler = make_scheduler(chunk=4, stage_price=1, max_running=2, stages_per_tile=3)
+    for request in (bad, good):
+        scheduler.add(Sequence.from_request(request, make_tiles(request, side=SIDE)))
+    advance, num_calls = model.advance_tiles, 0
+
+    def advance_but_once(states: Tensor, stages: range, num_stages: int) -> Tensor:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 2:
+            raise ValueError("a fault")
+        return advance(states, stages, num_stages)
+
+    monkeypatch.setattr(model, "advance_tiles", advance_but_once)
+    batch = scheduler.schedule()
+    assert batch is not None
+    (piece,) = batch.vision
+    with pytest.raises(ValueError, match="a fault"):
+        runner.run(batch)
+    assert piece.encoding.features and not piece.encoding.is_complete
+    scheduler.fail(piece.sequence, error_code="internal_error")
+    said = []
+    while batch := scheduler.schedule():
+        said += scheduler.commit(batch, runner.run(batch))
+    scheduler.check()
+    assert [event.token_id for event in said] == answer(good)["good"]
+
+
+@pytest.fixture
+def encode(make_runner: Callable[[], Runner]) -> Encode:
+    def run(
+        *media: VisionInput, slices: AbstractSequence[int], stages_per_tile: int
+    ) -> list[Tensor]:
+        """What replaces each medium; all go on together, slice by slice."""
+        parts = []
+        for medium in media:
+            request = make_request(prompt=(medium,), max_tokens=1)
+            sequence = Sequence.from_request(request, make_tiles(request, side=SIDE))
+            encoding = Encoding(
+                ("", medium.digest), len(medium.layout.tile_queries), 0, stages_per_tile
+            )
+            parts.append((sequence, encoding))
+        runner, start = make_runner(), 0
+        for length in slices:
+            pieces = [
+                VisionSlice(sequence, encoding, sequence.media[0], start, stop)
+                for sequence, encoding in parts
+                if (stop := min(start + length, encoding.num_stages)) > start
+            ]
+            runner.run(Batch([], pieces, []))
+            start += length
+        embeds = [encoding.embeds for _, encoding in parts]
+        assert not any(encoding.partial or encoding.features for _, encoding in parts)
+        return [one for one in embeds if one is not None]
+
+    return run
+
+
+@pytest.mark.parametrize("stages_per_tile", [1, 2, 3, 4])
+@pytest.mark.parametrize("length", [1, 2, 5, 7, 100])
+def test_features_are_the_same_in_any_slices(
+    encode: Encode, stages_per_tile: int, length: int
+) -> None:
+    media = (PICTURE, VIDEO)
+    whole = [encode(medium, slices=[100], stages_per_tile=1)[0] for medium in media]
+    slices = [length] * (12 * stages_per_tile)
+    alone = [encode(medium, slices=slices, stages_per_tile=stages_per_tile)[0] for medium in media]
+    together = encode(*media, slices=slices, stages_per_tile=stages_per_tile)
+    for results in (alone, together):
+        for ours, expected in zip(results, whole, strict=True):
+            torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_stage_is_not_computed_again_when_its_step_is(
+    make_runner: Callable[[], Runner],
+    model: VisionLanguageModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of two tiles in one slice the second fails once; the first has passed its stages."""
+    request = make_request(prompt=(PICTURE,), max_tokens=1)
+    sequence = Sequence.from_request(request, make_tiles(request, side=SIDE))
+    encoding = Encoding(("", ""), 3, 0, stages_per_tile=2)
+    runner, passed = make_runner(), []
+
+    def advance(states: Tensor, stages: range, num_stages: int) -> Tensor:
+        passed.append((len(states), stages))
+        if len(passed) == 3:
+            raise ValueError("a fault that passes")
+        return VisionLanguageModel.advance_tiles(model, states, stages, num_stages)
+
+    monkeypatch.setattr(model, "advance_tiles", advance)
+    for start, stop in ((0, 1), (1, 4)):
+        batch = Batch([], [VisionSlice(sequence, encoding, sequence.media[0], start, stop)], [])
+        with contextlib.suppress(ValueError):
+            runner.run(batch)
+    runner.run(batch)  # again, alone
+    runner.run(batch)  # and once more, for nothing
+    assert passed == [(1, range(1)), (1, range(1, 2)), (1, range(2)), (1, range(2))]
+    assert set(encoding.features) == {0, 1} and not encoding.partial
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 8, 100])
+def test_tiles_of_several_media_go_through_the_tower_together_but_not_too_many(
+    encode: Encode,
+    model: VisionLanguageModel,
+    monkeypatch: pytest.MonkeyPatch,
+    at_once: int,
+) -> None:
+    sizes: list[int] = []
+
+    def start(tiles: Tensor) -> Tensor:
+        sizes.append(len(tiles))
+        return VisionLanguageModel.start_tiles(model, tiles)
+
+    monkeypatch.setattr(model, "start_tiles", start)
+    monkeypatch.setattr(runner_module, "MAX_TILES_AT_ONCE", at_once)
+    encode(PICTURE, VIDEO, slices=[100], stages_per_tile=1)
+    num_tiles = 3 + len(VIDEO.layout.tile_queries)
+    assert sum(sizes) == num_tiles
+    assert len(sizes) == -(-num_tiles // at_once)
 
 
 def test_nan_logits_end_their_request_alone(

@@ -6,13 +6,14 @@ import hashlib
 import random
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from server.core import TokenEvent, TokenLogprobs, VisionInput
+from server.core import TokenEvent, TokenLogprobs, VisionInput, VisionLayout
 from server.engine import scheduler as scheduler_module
 from server.engine.blocks import BlockPool
 from server.engine.encodings import EncoderCache
@@ -24,6 +25,7 @@ from server.engine.sequence import (
     Span,
     SpanOutput,
     StepBudget,
+    VisionSlice,
 )
 from tests.engine.samples import PICTURE, VIDEO, make_request, make_tiles
 
@@ -33,15 +35,16 @@ def make_scheduler(
     num_blocks: int = 16,
     block_size: int = 4,
     max_tokens: int = 8,
-    tokens_per_tile: int = 2,
+    tokens_per_stage: int = 2,
     max_beside_answers: int = 8,
     max_running: int = 8,
     encoder_bytes: int = 1000,
+    stages_per_tile: int = 1,
 ) -> Scheduler:
     return Scheduler(
         BlockPool(num_blocks=num_blocks, block_size=block_size),
-        EncoderCache(max_bytes=encoder_bytes, bytes_per_token=1),
-        budget=StepBudget(max_tokens, tokens_per_tile, max_beside_answers),
+        EncoderCache(max_bytes=encoder_bytes, bytes_per_token=1, stages_per_tile=stages_per_tile),
+        budget=StepBudget(max_tokens, tokens_per_stage, max_beside_answers),
         max_running=max_running,
     )
 
@@ -75,11 +78,25 @@ class FakeCache:
 
     def run(self, batch: Batch) -> list[SpanOutput]:
         for piece in batch.vision:
-            assert piece.start == piece.encoding.num_tiles_encoded < piece.stop
-            self.num_tiles += len(piece)
-            for tile in range(piece.start, piece.stop):
-                piece.encoding.features[tile] = piece.medium.vision.digest  # type: ignore[assignment]
+            assert piece.start == piece.encoding.num_stages_encoded < piece.stop
+            for tile, num_stages in piece.tiles:
+                self._tile(piece, tile, num_stages)
         return [self._span(span) for span in batch.spans]
+
+    def _tile(self, piece: VisionSlice, tile: int, num_stages: int) -> None:
+        """It may be further than was committed: the step was run before, and failed."""
+        encoding = piece.encoding
+        passed, _ = encoding.partial.get(tile, (0, None))
+        if tile in encoding.features or passed >= num_stages:
+            return
+        assert passed >= piece.start - tile * encoding.stages_per_tile
+        encoding.partial.pop(tile, None)
+        state: Any = piece.medium.vision.digest
+        if num_stages < encoding.stages_per_tile:
+            encoding.partial[tile] = num_stages, state
+        else:
+            encoding.features[tile] = state
+            self.num_tiles += 1
 
     def _span(self, span: Span) -> SpanOutput:
         sequence, state = span.sequence, b""
@@ -110,6 +127,7 @@ class FakeCache:
                     assert encoding is not None
                     assert set(encoding.features) == set(range(encoding.num_tiles))
                     assert set(encoding.features.values()) == {medium.vision.digest}
+                    assert not encoding.partial
                 return f"{medium.vision.digest} {position - medium.start}".encode()
         return str(sequence.token_ids[position]).encode()
 
@@ -439,7 +457,7 @@ def test_nothing_is_encoded_for_a_picture_behind_cached_blocks() -> None:
 
 def test_a_medium_that_ends_a_cached_prompt_is_encoded_again() -> None:
     """One position is left, and what stands there was made of pixels and is not kept."""
-    scheduler = make_scheduler(num_blocks=64, encoder_bytes=0, tokens_per_tile=5)
+    scheduler = make_scheduler(num_blocks=64, encoder_bytes=0, tokens_per_stage=5)
     cache = FakeCache(4)
     for name in "ab":
         scheduler.add(make_sequence(name, prompt=(1, 2, 3, PICTURE), max_tokens=1))
@@ -488,14 +506,17 @@ def test_the_eldest_prompt_gets_its_share_of_very_little() -> None:
     raise AssertionError("the eldest was starved")
 
 
-def test_one_who_breaks_off_leaves_the_encoding_to_the_other() -> None:
-    scheduler = make_scheduler(num_blocks=64, max_tokens=4, max_beside_answers=4)
+@pytest.mark.parametrize("stages_per_tile", [1, 3])
+def test_one_who_breaks_off_leaves_the_encoding_to_the_other(stages_per_tile: int) -> None:
+    """With three stages in the middle of a tile: the other goes on with it."""
+    scheduler = make_scheduler(num_blocks=64, max_tokens=4, stages_per_tile=stages_per_tile)
     cache = FakeCache(4)
     scheduler.add(make_sequence("a", prompt=(VIDEO, 1), max_tokens=1))
     scheduler.add(make_sequence("b", prompt=(VIDEO, 2, 3), max_tokens=1))
     batch = scheduler.schedule()
     assert batch is not None and len(batch.vision) == 1
     scheduler.commit(batch, cache.run(batch))
+    assert bool(batch.vision[0].encoding.partial) == (stages_per_tile == 3)
     scheduler.abort("a")
     scheduler.check()
     events = answer(scheduler, cache)
@@ -505,7 +526,7 @@ def test_one_who_breaks_off_leaves_the_encoding_to_the_other() -> None:
 
 def test_tiles_are_encoded_before_the_positions_that_need_them() -> None:
     """Two of its seven tiles a step; the text before it is computed meanwhile."""
-    scheduler = make_scheduler(num_blocks=64, max_tokens=8, tokens_per_tile=3)
+    scheduler = make_scheduler(num_blocks=64, max_tokens=8, tokens_per_stage=3)
     scheduler.add(make_sequence(prompt=(1, 2, VIDEO, 3), max_tokens=1))
     cache, steps = FakeCache(4), []
     while batch := scheduler.schedule():
@@ -522,13 +543,83 @@ def test_tiles_are_encoded_before_the_positions_that_need_them() -> None:
 
 
 def test_a_tile_dearer_than_a_step_is_encoded_alone_and_holds_nobody_up() -> None:
-    scheduler = make_scheduler(num_blocks=64, max_tokens=8, tokens_per_tile=50)
+    scheduler = make_scheduler(num_blocks=64, max_tokens=8, tokens_per_stage=50)
     scheduler.add(make_sequence("video", prompt=(VIDEO, 3), max_tokens=1))
     scheduler.add(make_sequence("text", prompt=(1, 2, 3), max_tokens=2))
     batch = scheduler.schedule()
     assert batch is not None
     assert [len(piece) for piece in batch.vision] == [1]
     assert [span.sequence.request_id for span in batch.spans] == ["text"]
+
+
+def test_a_tile_goes_through_its_stages_in_several_steps() -> None:
+    """Three stages for each of two tiles, two stages a step; its positions wait for the last."""
+    scheduler = make_scheduler(num_blocks=64, max_tokens=8, tokens_per_stage=4, stages_per_tile=3)
+    picture = VisionInput("image", VisionLayout((4, 4)), digest="d" * 64)
+    scheduler.add(make_sequence(prompt=(1, picture, 3), max_tokens=1))
+    cache, steps = FakeCache(4), []
+    while batch := scheduler.schedule():
+        slices = [(piece.start, piece.stop) for piece in batch.vision]
+        steps.append((slices, [(span.start, span.stop) for span in batch.spans]))
+        scheduler.commit(batch, cache.run(batch))
+    assert steps == [
+        ([(0, 2)], []),
+        ([(2, 4)], []),
+        ([(4, 6)], []),
+        ([], [(0, 8)]),
+        ([], [(8, 10)]),
+    ]
+    assert cache.num_tiles == 2
+
+
+def test_one_who_leaves_in_the_middle_of_a_tile_leaves_nothing() -> None:
+    scheduler = make_scheduler(num_blocks=64, max_tokens=8, tokens_per_stage=8, stages_per_tile=3)
+    cache = FakeCache(4)
+    sequence = make_sequence(prompt=(PICTURE, 1), max_tokens=1)
+    scheduler.add(sequence)
+    batch = scheduler.schedule()
+    assert batch is not None
+    scheduler.commit(batch, cache.run(batch))
+    encoding = sequence.media[0].encoding
+    assert encoding is not None and encoding.partial and not encoding.is_complete
+    scheduler.abort("r")
+    scheduler.check()
+    assert sequence.media == []
+    assert scheduler.encoder_cache.num_bytes == 0
+    scheduler.add(make_sequence("again", prompt=(PICTURE, 1), max_tokens=1))
+    assert answer(scheduler, cache)[-1].finish_reason == "length"
+    assert cache.num_tiles == len(PICTURE.layout.tile_queries)
+
+
+def test_one_who_goes_back_in_the_middle_of_a_tile_begins_it_again() -> None:
+    """The answer that joined first wants another block, and the picture's prompt has the last."""
+    sequence = make_sequence("picture", prompt=(PICTURE, 3), max_tokens=1)
+    blocks_of_both = 1 + -(-len(sequence) // 4)
+    scheduler = make_scheduler(
+        num_blocks=blocks_of_both + 1, max_beside_answers=2, tokens_per_stage=2, stages_per_tile=9
+    )
+    cache, pieces, events = FakeCache(4), [], []
+    scheduler.add(make_sequence("answer", prompt=(1, 2, 3), max_tokens=9))
+    scheduler.add(sequence)
+    while batch := scheduler.schedule():
+        pieces += batch.vision
+        events += scheduler.commit(batch, cache.run(batch))
+        scheduler.check()
+    left, made = dict.fromkeys(piece.encoding for piece in pieces)
+    assert left.partial and not left.is_complete and made.is_complete
+    assert min(piece.start for piece in pieces if piece.encoding is made) == 0
+    assert len(ids(events, "answer")) == 9 and len(ids(events, "picture")) == 1
+
+
+def test_a_stage_that_fits_a_step_never_makes_it_longer() -> None:
+    """The eldest's stage takes more than its share, but others leave room for it."""
+    scheduler = make_scheduler(num_blocks=64, max_tokens=12, tokens_per_stage=8, stages_per_tile=2)
+    scheduler.add(make_sequence("video", prompt=(VIDEO, 3), max_tokens=1))
+    scheduler.add(make_sequence("text", prompt=range(9), max_tokens=1))
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert [len(piece) for piece in batch.vision] == [1]
+    assert [len(span) for span in batch.spans] == [4]
 
 
 def test_a_medium_behind_the_step_s_last_position_is_not_encoded_yet() -> None:
@@ -592,8 +683,10 @@ def test_choices_compute_the_full_blocks_of_their_prompt_once(max_tokens: int) -
     assert sum(event.num_cached_tokens for event in events) == 0
 
 
-def test_choices_have_their_picture_encoded_once() -> None:
-    scheduler, cache = make_scheduler(num_blocks=99), FakeCache(4)
+@pytest.mark.parametrize("stages_per_tile", [1, 3])
+def test_choices_have_their_picture_encoded_once(stages_per_tile: int) -> None:
+    scheduler = make_scheduler(num_blocks=99, stages_per_tile=stages_per_tile)
+    cache = FakeCache(4)
     for sequence in make_choices(num_choices=3, prompt=(1, 2, PICTURE, *range(9)), max_tokens=4):
         scheduler.add(sequence)
     answer(scheduler, cache)
@@ -788,19 +881,25 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = make_scheduler(
-            num_blocks=12,
-            max_tokens=MAX_TOKENS,
-            max_beside_answers=MAX_BESIDE,
-            max_running=4,
-            encoder_bytes=30,
-        )
         self.cache = FakeCache(4)
         self.num_requests = 0
         self.added: dict[SequenceKey, Sequence] = {}
         self.masks: dict[SequenceKey, Recorder] = {}
         self.events: dict[SequenceKey, list[TokenEvent]] = {}
         self.finals: dict[SequenceKey, str] = {}
+
+    @initialize(stages_per_tile=st.integers(1, 4), price=st.integers(1, MAX_TOKENS + 2))
+    def begin(self, stages_per_tile: int, price: int) -> None:
+        self.price = price
+        self.scheduler = make_scheduler(
+            num_blocks=12,
+            max_tokens=MAX_TOKENS,
+            max_beside_answers=MAX_BESIDE,
+            max_running=4,
+            encoder_bytes=30,
+            tokens_per_stage=price,
+            stages_per_tile=stages_per_tile,
+        )
 
     @rule(
         num_ids=st.integers(1, 17),
@@ -849,10 +948,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.judge(batch)
         self.note(self.scheduler.commit(batch, self.cache.run(batch)))
 
-    @rule(number=st.integers(0, 4))
-    def step_in_which_one_fails(self, number: int) -> None:
-        """As the worker does it: everybody alone, and one of them cannot be computed."""
+    @rule(number=st.integers(0, 4), is_computed=st.booleans())
+    def step_in_which_one_fails(self, number: int, is_computed: bool) -> None:
+        """As the worker does it: everybody alone, and one of them cannot be computed.
+
+        The fault came before anything was computed together, or after everything was.
+        """
         batch = self.scheduler.schedule()
+        if batch and is_computed:
+            self.cache.run(batch)
         for index, (sequence, part) in enumerate(batch.alone() if batch else ()):
             if index == number:
                 self.note(self.scheduler.fail(sequence, error_code="internal_error"))
@@ -871,10 +975,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         waiting = [sequence for sequence in self.added.values() if sequence.status == "waiting"]
         for joined in batch.joined:
             assert not any(self.is_before(other, joined) for other in waiting)
-        answering = sum(len(span) == 1 and span.is_sampled for span in batch.spans)
+        answering = sum(span.sequence.is_answering for span in batch.spans)
         prompts = batch.num_tokens - answering
-        assert prompts <= max(1, MAX_TOKENS - answering)
-        assert prompts <= (MAX_BESIDE if answering else MAX_TOKENS)
+        room = max(1, MAX_TOKENS - answering)
+        assert prompts <= (min(room, MAX_BESIDE) if answering else room)
+        stages = sum(len(piece) for piece in batch.vision)
+        is_too_dear = self.price > room and stages == 1
+        assert prompts + stages * self.price <= room or is_too_dear
+        assert prompts + (stages - 1) * self.price <= (MAX_BESIDE if answering else MAX_TOKENS)
         assert len({span.sequence.key for span in batch.spans}) == len(batch.spans)
         self.judge_sharing(batch)
         for span in batch.spans:
@@ -925,7 +1033,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """All that was admitted ends, as it would have ended alone, and nothing is left behind."""
-        for _ in range(1000):
+        for _ in range(5000):  # where each stage of each tile takes a step of its own
             if self.scheduler.idle:
                 break
             self.step()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from server.attention.backend import AttentionInputs, choose_backend
+from server.core import VisionLayout
 from server.model.checkpoint import load_model
 from server.model.config import read_checkpoint
 from server.model.vlm import VisionLanguageModel
@@ -52,6 +53,29 @@ def change_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     values = json.loads(path.read_text())
     change(values)
     path.write_text(json.dumps(values))
+
+
+def encode_tiles(
+    model: VisionLanguageModel, tiles: Tensor, queries: Sequence[int], *, num_stages: int = 1
+) -> list[Tensor]:
+    """All tiles at once through tower and projector, stage by stage."""
+    states = model.start_tiles(tiles)
+    for stage in range(num_stages):
+        states = model.advance_tiles(states, range(stage, stage + 1), num_stages)
+    return model.finish_tiles(states, queries)
+
+
+def encode_vision(
+    model: VisionLanguageModel, tiles: Tensor, layouts: Sequence[VisionLayout]
+) -> list[Tensor]:
+    """The tiles of all media, one after another -> what replaces each one's placeholders."""
+    counts = [len(layout.tile_queries) for layout in layouts]
+    features = encode_tiles(model, tiles, [n for layout in layouts for n in layout.tile_queries])
+    media = iter(features)
+    return [
+        model.assemble([next(media) for _ in range(count)], layout)
+        for count, layout in zip(counts, layouts, strict=True)
+    ]
 
 
 def all_logits(

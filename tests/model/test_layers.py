@@ -18,7 +18,7 @@ from server.model.layers import (
     pack_linear_layers,
     project,
 )
-from tests.model.loading import all_logits, load, relative_difference
+from tests.model.loading import all_logits, encode_tiles, load, relative_difference
 from tools.random_checkpoint import write_checkpoint
 
 
@@ -78,7 +78,7 @@ def test_packed_layers_compute_the_same(tmp_path: Path, dtype: str) -> None:
         assert relative_difference(mine[finite], other[finite]) < closeness
     tiles = torch.randint(0, 256, (3, 56, 56, 3), dtype=torch.uint8)
     with torch.inference_mode():
-        ours, theirs = (model.encode_tiles(tiles, [16] * 3) for model in (packed, plain))
+        ours, theirs = (encode_tiles(model, tiles, [16] * 3) for model in (packed, plain))
     for mine, other in zip(ours, theirs, strict=True):
         assert relative_difference(mine, other) < closeness
 

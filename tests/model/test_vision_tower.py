@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
@@ -46,12 +46,13 @@ def reference_states(folder: Path, tiles: Tensor) -> list[Tensor]:
     return list(output.hidden_states)
 
 
-def our_state(folder: Path, tiles: Tensor, *, dtype: str = "float32") -> Tensor:
+def our_state(
+    folder: Path, tiles: Tensor, *, dtype: str = "float32", num_stages: int = 1
+) -> Tensor:
     tower = load(folder, dtype=dtype).vision_model
     assert tower is not None
     with torch.inference_mode():
-        features: Tensor = tower(tiles)
-    return features
+        return tower.advance(tower.start(tiles), range(num_stages), num_stages)
 
 
 @pytest.mark.parametrize("nth", [-4, -3, -2, -1, 0, 1, 2, 3])
@@ -86,6 +87,46 @@ def test_parity_at_real_width(tmp_path: Path) -> None:
     assert relative_difference(our_state(tmp_path, tiles), reference_states(tmp_path, tiles)[2]) < (
         1e-4
     )
+
+
+@pytest.mark.parametrize("nth", [0, -1])
+@pytest.mark.parametrize("num_stages", [2, 3, 5])
+def test_stages_are_the_layers_in_turn(tmp_path: Path, nth: int, num_stages: int) -> None:
+    """Also more stages than there are layers: some are empty then."""
+    write_checkpoint(tmp_path)
+    change_json(tmp_path / "config.json", lambda config: config.update(use_nth_layer=nth))
+    tiles = tiles_of(SIZES["tiny"], 2)
+    tower = load(tmp_path).vision_model
+    assert tower is not None
+    with torch.inference_mode():
+        states = tower.start(tiles)
+        for stage in range(num_stages):
+            states = tower.advance(states, range(stage, stage + 1), num_stages)
+    assert torch.equal(states, our_state(tmp_path, tiles))
+    assert torch.equal(states, our_state(tmp_path, tiles, num_stages=num_stages))
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
+def test_stages_are_even_with_the_projector_as_one_more_layer(
+    tmp_path: Path, num_stages: int
+) -> None:
+    write_checkpoint(tmp_path)
+    change_json(tmp_path / "config.json", lambda config: config.update(use_nth_layer=-1))
+    tower = load(tmp_path).vision_model
+    assert tower is not None
+    passed: list[nn.Module] = []
+    for layer in tower.encoder.layers:
+        layer.register_forward_pre_hook(lambda module, args: passed.append(module))
+    parts = []
+    with torch.inference_mode():
+        states = tower.start(tiles_of(SIZES["tiny"], 1))
+        for stage in range(num_stages):
+            before = len(passed)
+            states = tower.advance(states, range(stage, stage + 1), num_stages)
+            parts.append(len(passed) - before)
+    assert passed == list(tower.encoder.layers)
+    parts[-1] += 1
+    assert max(parts) - min(parts) <= 1
 
 
 def test_layers_after_the_configured_one_are_not_built(tmp_path: Path) -> None:

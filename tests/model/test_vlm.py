@@ -12,11 +12,17 @@ from PIL import Image
 from torch import Tensor
 
 from server.core import VisionLayout
-from server.model import vlm
 from server.model.config import read_checkpoint
 from server.model.vlm import VisionLanguageModel
 from server.vision.tiles import image_tiles
-from tests.model.loading import change_json, change_tensors, load, relative_difference
+from tests.model.loading import (
+    change_json,
+    change_tensors,
+    encode_tiles,
+    encode_vision,
+    load,
+    relative_difference,
+)
 from tools.random_checkpoint import write_checkpoint
 
 THUMBNAIL = VisionLayout(tile_queries=(16,), newline=True)
@@ -38,10 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> VisionLanguageModel:
 
 
 def tile_features(model: VisionLanguageModel, tile: Tensor, queries: int) -> Tensor:
-    """One tile alone through tower and projector."""
-    assert model.vision_model is not None and model.mm_projector is not None
-    features: Tensor = model.mm_projector(model.vision_model(tile[None]), [queries])[0]
-    return features
+    return encode_tiles(model, tile[None], [queries])[0]
 
 
 def assembled_by_hand(model: VisionLanguageModel, tiles: Tensor, layout: VisionLayout) -> Tensor:
@@ -69,33 +72,22 @@ def assembled_by_hand(model: VisionLanguageModel, tiles: Tensor, layout: VisionL
 def test_one_medium(model: VisionLanguageModel, layout: VisionLayout) -> None:
     tiles = random_tiles(len(layout.tile_queries))
     with torch.inference_mode():
-        features = model.encode_vision(tiles, [layout])
+        features = encode_vision(model, tiles, [layout])
         expected = assembled_by_hand(model, tiles, layout)
     assert len(features) == 1
     assert features[0].shape == (layout.num_tokens, 64)
     torch.testing.assert_close(features[0], expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 8, 100])
-def test_several_media_in_bounded_chunks(
-    model: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch, at_once: int
-) -> None:
+def test_several_media_together(model: VisionLanguageModel) -> None:
     counts = [len(layout.tile_queries) for layout in ALL]
     tiles = random_tiles(sum(counts))
-    sizes: list[int] = []
-    assert model.vision_model is not None
-    hook = model.vision_model.register_forward_pre_hook(
-        lambda module, arguments: sizes.append(len(arguments[0]))
-    )
-    monkeypatch.setattr(vlm, "MAX_TILES_AT_ONCE", at_once)
     with torch.inference_mode():
-        together = model.encode_vision(tiles, ALL)
-        assert max(sizes) <= at_once
+        together = encode_vision(model, tiles, ALL)
         alone = [
-            model.encode_vision(own, [layout])[0]
+            encode_vision(model, own, [layout])[0]
             for own, layout in zip(tiles.split(counts), ALL, strict=True)
         ]
-    hook.remove()
     for ours, expected in zip(together, alone, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
@@ -110,13 +102,8 @@ def test_features_are_as_many_as_the_tokens_promised(
     assert spec is not None
     medium, tiles = image_tiles(Image.new("RGB", size, (10, 200, 30)), spec)
     with torch.inference_mode():
-        features = load(folder).encode_vision(torch.from_numpy(tiles), [medium.layout])
+        features = encode_vision(load(folder), torch.from_numpy(tiles), [medium.layout])
     assert features[0].shape == (medium.num_tokens, 64)
-
-
-def test_tiles_that_do_not_fit_the_layouts_are_refused(model: VisionLanguageModel) -> None:
-    with pytest.raises(ValueError, match="4 tiles for layouts of 3"):
-        model.encode_vision(random_tiles(4), [PICTURE])
 
 
 def test_another_number_of_features_than_promised_is_refused(model: VisionLanguageModel) -> None:
@@ -124,7 +111,7 @@ def test_another_number_of_features_than_promised_is_refused(model: VisionLangua
         tile_queries=(16,) * 3, local_grid=(1, 2), kept=(3, 0, 4, 8), newline=True
     )
     with pytest.raises(ValueError, match="placeholders"), torch.inference_mode():
-        model.encode_vision(random_tiles(3), [beyond])
+        encode_vision(model, random_tiles(3), [beyond])
 
 
 def test_a_head_smaller_than_the_embedding_masks_what_it_has(tmp_path: Path) -> None:
@@ -154,14 +141,10 @@ def test_a_head_smaller_than_the_embedding_masks_what_it_has(tmp_path: Path) -> 
     assert masked == [token_id for token_id in info.missing_token_ids if token_id < 264]
 
 
-def test_no_media_give_no_features(model: VisionLanguageModel) -> None:
-    assert model.encode_vision(random_tiles(0), []) == []
-
-
 def test_a_text_checkpoint_has_no_eyes(tmp_path: Path) -> None:
     model = load(write_checkpoint(tmp_path, layout="text"))
     with pytest.raises(ValueError, match="no vision tower"):
-        model.encode_vision(random_tiles(1), [THUMBNAIL])
+        encode_vision(model, random_tiles(1), [THUMBNAIL])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -169,7 +152,7 @@ def test_half_precision_stays_close(tmp_path: Path, dtype: str) -> None:
     folder = write_checkpoint(tmp_path)
     tiles = random_tiles(3)
     with torch.inference_mode():
-        exact = load(folder).encode_vision(tiles, [PICTURE])[0]
-        rounded = load(folder, dtype=dtype).encode_vision(tiles, [PICTURE])[0]
+        exact = encode_vision(load(folder), tiles, [PICTURE])[0]
+        rounded = encode_vision(load(folder, dtype=dtype), tiles, [PICTURE])[0]
     assert rounded.dtype == getattr(torch, dtype)
     assert 0 < relative_difference(rounded, exact) < 5e-2

@@ -14,7 +14,7 @@ from server.core import VisionInput
 from server.model.checkpoint import load_model
 from server.model.config import read_checkpoint
 from server.vision.tiles import image_tiles
-from tests.model.loading import all_logits
+from tests.model.loading import all_logits, encode_tiles
 from tools.demo_model import evaluate, export, labels, scenes
 from tools.demo_model.network import DemoModel, Dimensions
 from tools.demo_model.tokenizer import TextCodec
@@ -66,7 +66,7 @@ def test_the_server_computes_what_training_computed(exported: Path) -> None:
         _, features = trained.see(pixels, medium.layout.tile_queries)
         _, frame = trained.see(pixels[:1], [4])
         expected = [*features[16], *frame[4]]
-        found = served.encode_tiles(torch.cat([pixels, pixels[:1]]), (16,) * len(pixels) + (4,))
+        found = encode_tiles(served, torch.cat([pixels, pixels[:1]]), (16,) * len(pixels) + (4,))
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
         hidden = trained.decoder(trained.decoder.embed_tokens(torch.tensor([ids])))
