@@ -66,7 +66,7 @@ def make_scheduler(*, num_blocks: int, max_running: int) -> Scheduler:
         BlockPool(num_blocks=num_blocks, block_size=BLOCK_SIZE),
         EncoderCache(max_bytes=1 << 28, bytes_per_token=1_024),
         budget=StepBudget(
-            max_tokens=1 << 20, tokens_per_stage=100, max_tokens_beside_answers=1 << 20
+            max_tokens=1 << 20, tokens_per_stage=100, max_media_tokens_beside_answers=1 << 20
         ),
         max_running=max_running,
     )

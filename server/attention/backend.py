@@ -14,11 +14,18 @@ from torch import Tensor
 from server.attention import cpu, cuda
 from server.attention.cpu import CpuBackend
 from server.attention.cuda import CudaBackend
-from server.attention.inputs import AttentionInputs, LayerCache
+from server.attention.inputs import AskedTokens, AttentionInputs, LayerCache
 from server.attention.sdpa import SdpaBackend
 from server.errors import ConfigError
 
-__all__ = ["BACKENDS", "AttentionBackend", "AttentionInputs", "LayerCache", "choose_backend"]
+__all__ = [
+    "BACKENDS",
+    "AskedTokens",
+    "AttentionBackend",
+    "AttentionInputs",
+    "LayerCache",
+    "choose_backend",
+]
 
 
 class AttentionBackend(Protocol):

@@ -72,6 +72,8 @@ class CudaBackend:
         self._pages.write(keys, values, cache, inputs)
 
     def attend(self, queries: Tensor, cache: LayerCache, inputs: AttentionInputs) -> Tensor:
+        if not len(queries):
+            return queries
         attended = self._attend(
             queries.contiguous(),
             cache.keys,

@@ -1,5 +1,7 @@
 """What one step of the decoder tells its attention: tensors only, no requests and no sequences."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +14,17 @@ class LayerCache:
 
     keys: Tensor
     values: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AskedTokens:
+    """The tokens of a step whose final states are asked for; for all others the last layer only
+    has to leave keys and values."""
+
+    rows: Tensor
+    """int64 [asked], where they stand among the tokens of the step."""
+    attention: AttentionInputs
+    """Of those tokens alone, which must be the last of their sequences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +51,5 @@ class AttentionInputs:
     """The most tokens of any sequence in this batch."""
     max_k: int
     """The largest of `seqused_k`."""
+    asked: AskedTokens | None = None
+    """None where all are asked for."""

@@ -32,7 +32,7 @@ class EngineFacts:
     dtype: str
     attention: str
     max_tokens_per_step: int
-    max_tokens_beside_answers: int
+    max_media_tokens_beside_answers: int
     tokens_per_tile: int
     stages_per_tile: int
     slowest_step_s: float

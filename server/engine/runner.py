@@ -10,13 +10,14 @@ import math
 import os
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from server.attention.backend import AttentionInputs, LayerCache
+from server.attention.backend import AskedTokens, AttentionInputs, LayerCache
 from server.core import TokenLogprobs, VisionLayout
 from server.engine.encodings import Encoding
 from server.engine.logprobs import token_logprobs
@@ -66,7 +67,7 @@ class Model(Protocol):
         """int64 [tokens] -> [tokens, hidden]"""
 
     def forward(self, embeds: Tensor, positions: Tensor, attention: AttentionInputs) -> Tensor:
-        """[tokens, hidden], int64 [tokens] -> [tokens, hidden]"""
+        """[tokens, hidden], int64 [tokens] -> [asked, hidden], of the tokens asked for in order"""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] -> float32 [rows, ids], -inf for ids that have no token"""
@@ -160,21 +161,19 @@ class Runner:
         inputs = self._attention_inputs(spans)
         hidden = self._model.forward(embeds, positions.to(self._device), inputs)
         outputs = [SpanOutput() for _ in spans]
+        ends = list(accumulate(_num_asked(span) for span in spans))  # in `hidden`
         sampled = [index for index, span in enumerate(spans) if span.is_sampled]
         if sampled:
-            last_tokens = inputs.cu_seq_q[1:].long()[sampled] - 1
+            last_states = hidden[[ends[index] - 1 for index in sampled]]
             sequences = [spans[index].sequence for index in sampled]
             for index, output in zip(
-                sampled, self._next_tokens(hidden[last_tokens], sequences), strict=True
+                sampled, self._next_tokens(last_states, sequences), strict=True
             ):
                 outputs[index] = output
-        row = 0
         for index, span in enumerate(spans):
             if span.told_positions:
-                outputs[index] = self._tell_prompt(
-                    outputs[index], span, hidden[row : row + len(span)]
-                )
-            row += len(span)
+                states = hidden[ends[index] - len(span) : ends[index]]
+                outputs[index] = self._tell_prompt(outputs[index], span, states)
         return outputs
 
     def _next_tokens(self, hidden: Tensor, sequences: list[Sequence]) -> list[SpanOutput]:
@@ -236,10 +235,29 @@ class Runner:
         return sum(token_id in self._placeholder_ids for token_id in prompt)
 
     def _attention_inputs(self, spans: list[Span]) -> AttentionInputs:
+        inputs = self._inputs_of(spans)
+        counts = [_num_asked(span) for span in spans]
+        if counts == [len(span) for span in spans]:
+            return inputs
+        rows = [
+            row
+            for end, count in zip(inputs.cu_seq_q.tolist()[1:], counts, strict=True)
+            for row in range(end - count, end)
+        ]
+        lasts = [
+            replace(span, start=span.stop - count)
+            for span, count in zip(spans, counts, strict=True)
+            if count
+        ]
+        places = torch.tensor(rows, dtype=torch.int64, device=self._device)
+        return replace(inputs, asked=AskedTokens(places, self._inputs_of(lasts)))
+
+    def _inputs_of(self, spans: list[Span]) -> AttentionInputs:
         size = self._block_size
         lengths = [len(span) for span in spans]
-        block_table = np.zeros((len(spans), max(-(-span.stop // size) for span in spans)), np.int32)
-        slots = []
+        max_k = max((span.stop for span in spans), default=0)
+        block_table = np.zeros((len(spans), -(-max_k // size)), np.int32)
+        slots = [np.empty(0, np.int64)]
         for row, span in enumerate(spans):
             blocks = np.asarray(span.sequence.block_table[: -(-span.stop // size)], np.int64)
             block_table[row, : len(blocks)] = blocks
@@ -251,8 +269,8 @@ class Runner:
             seqused_k=self._int32([span.stop for span in spans]),
             block_table=self._int32(block_table),
             slot_mapping=torch.from_numpy(np.concatenate(slots)).to(self._device),
-            max_q=max(lengths),
-            max_k=max(span.stop for span in spans),
+            max_q=max(lengths, default=0),
+            max_k=max_k,
         )
 
     def _int32(self, values: AbstractSequence[int] | np.ndarray) -> Tensor:
@@ -275,6 +293,11 @@ def choose_cache_bytes(
     memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     num_contexts = int(memory_bytes * MACHINE_CACHE_SHARE) // one_context
     return one_context * max(1, min(MAX_CONTEXTS_CACHED, num_contexts))
+
+
+def _num_asked(span: Span) -> int:
+    """Of how many of its last positions the final state is asked for."""
+    return len(span) if span.told_positions else int(span.is_sampled)
 
 
 def _span_ids(span: Span) -> list[int]:

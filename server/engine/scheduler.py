@@ -6,9 +6,13 @@ the state machine it is.
 Sequences join the running set as long as the cache has room for what is known of them: tenants in
 turn, and within a tenant by priority, then in the order they came. Nobody passes by the first in
 line because it needs more room. In a step every
-running answer goes on by one token; what is left of the budget goes to the prompts, short ones
-first, a share of it always to the one that joined first. An answer grows block by block: when none
-is left, the sequence that joined last gives up its blocks and is computed again later.
+running answer goes on by one token; what is left of the budget goes to the prompts. Half of it the
+first to have joined share alike: prompts that came together are done at about the same time, and
+their answers then go on undisturbed. The rest goes to the short ones first. Pictures and videos,
+and the prompts that hold them, may take only little of a step that running answers wait for.
+
+An answer grows block by block: when none is left, the sequence that joined last gives up its blocks
+and is computed again later.
 
 The choices of a request are sequences like all others. What makes them cheap helps everybody who
 begins alike: a prompt takes over the blocks that others have computed since it joined, and where
@@ -40,9 +44,12 @@ from server.engine.sequence import (
     VisionSlice,
 )
 
-SHARE_OF_THE_ELDEST = 4
-"""One part in so many of what prompts may take is the eldest's, so that it is never starved."""
+SHARED_PART = 2
+"""One part in so many of what prompts may take in a step is divided among the eldest of them."""
 
+MAX_SHARING = 8
+LEAST_SHARE = 16
+"""As many at most, and so many tokens each at least: small parts cost more than they bring."""
 
 MAX_TILE_BYTES = 1 << 30
 """The pixels of all running sequences, which are kept in case one has to be computed again."""
@@ -136,6 +143,17 @@ class Counts:
     num_preemptions: int = 0
     num_prefix_tokens_looked_up: int = 0
     num_prefix_tokens_hit: int = 0
+
+
+def _shares(prompts: list[Sequence], num_tokens: int) -> dict[SequenceKey, int]:
+    """What of so many tokens others must leave to the eldest prompts."""
+    shared = -(-num_tokens // SHARED_PART)
+    sharing = prompts[: max(1, min(MAX_SHARING, shared // LEAST_SHARE))]
+    share = -(-shared // max(1, len(sharing)))
+    return {
+        sequence.key: share if sequence.media else min(share, sequence.num_to_compute)
+        for sequence in sharing
+    }
 
 
 @dataclass(slots=True)
@@ -388,19 +406,25 @@ class Scheduler:
         return is_begun and not num_inside and not sequence.must_compute_prompt
 
     def _advance_prompts(self, prompts: list[Sequence], plan: _Plan) -> None:
-        room = max(1, self._budget.max_tokens - len(plan.spans))
-        left = min(room, self._budget.max_tokens_beside_answers) if plan.spans else room
-        reserved = -(-left // SHARE_OF_THE_ELDEST)
+        left = max(1, self._budget.max_tokens - len(plan.spans))
+        left_to_media = self._budget.max_media_tokens_beside_answers if plan.spans else left
+        reserved = _shares(prompts, left)
+        reserved_for_media = _shares([each for each in prompts if each.media], left_to_media)
         price = self._budget.tokens_per_stage
-        if prompts and prompts[0].is_being_encoded and price <= room:
+        if prompts and prompts[0].is_being_encoded and price <= left:
             # One stage may exceed its share, but what others take leaves room for it in the step.
-            reserved = max(reserved, left - (room - price))
+            reserved[prompts[0].key] = max(reserved[prompts[0].key], price)
         for sequence in sorted(prompts, key=lambda sequence: sequence.num_to_compute):
-            is_eldest = sequence is prompts[0]
-            if is_eldest:
-                reserved = 0
-            if left > reserved:
-                left -= self._advance(sequence, left - reserved, plan, may_exceed=is_eldest)
+            reserved.pop(sequence.key, None)
+            reserved_for_media.pop(sequence.key, None)
+            allowance = left - sum(reserved.values())
+            if sequence.media:
+                allowance = min(allowance, left_to_media - sum(reserved_for_media.values()))
+            if allowance > 0:
+                is_eldest = sequence is prompts[0]
+                spent = self._advance(sequence, allowance, plan, may_exceed=is_eldest)
+                left -= spent
+                left_to_media -= spent if sequence.media else 0
 
     def _advance(
         self, sequence: Sequence, allowance: int, plan: _Plan, *, may_exceed: bool = False

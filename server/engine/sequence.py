@@ -186,14 +186,14 @@ class Span:
 class StepBudget:
     """What one step may hold, all of it priced in tokens of a prompt.
 
-    `tokens_per_stage` is the price of one stage of one tile. `max_tokens_beside_answers` is the
-    limit for prompts and tiles in a step that running answers wait for. One stage of the eldest
-    prompt may exceed it, and `max_tokens` too where a stage alone is dearer than that.
+    `tokens_per_stage` is the price of one stage of one tile. `max_media_tokens_beside_answers` is
+    the limit for tiles, and for prompts with media, in a step that running answers wait for. One
+    stage of the eldest prompt may exceed it, and `max_tokens` too where it is dearer than that.
     """
 
     max_tokens: int
     tokens_per_stage: int
-    max_tokens_beside_answers: int
+    max_media_tokens_beside_answers: int
 
 
 @dataclass(frozen=True, slots=True)

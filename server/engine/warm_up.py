@@ -89,7 +89,7 @@ def warm_up(
     budget = StepBudget(
         max_tokens=max_tokens,
         tokens_per_stage=max(1, math.ceil(tokens_per_tile / num_stages)),
-        max_tokens_beside_answers=beside_answers,
+        max_media_tokens_beside_answers=beside_answers,
     )
     return WarmUp(budget, num_stages, probe.slowest_s)
 

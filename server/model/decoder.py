@@ -6,7 +6,7 @@ Modules carry the checkpoint's names below `language_model.model.` (`model.` for
 import torch
 from torch import Tensor, nn
 
-from server.attention.backend import AttentionBackend, AttentionInputs, LayerCache
+from server.attention.backend import AskedTokens, AttentionBackend, AttentionInputs, LayerCache
 from server.model.config import TextConfig
 from server.model.layers import FusedLinear, GatedMLP, RMSNorm, RotaryEmbedding, project, rotate
 
@@ -30,6 +30,7 @@ class Attention(nn.Module):
         rotation: tuple[Tensor, Tensor],
         attention: AttentionInputs,
         cache: LayerCache,
+        asked: AskedTokens | None,
     ) -> Tensor:
         heads = project(self.qkv_proj, hidden).view(len(hidden), -1, self.head_dim)
         # Queries and keys are rotated together: [tokens, heads + kv_heads, head_dim].
@@ -37,6 +38,8 @@ class Attention(nn.Module):
         queries, keys = rotated.split_with_sizes([self.num_heads, self.num_kv_heads], dim=1)
         values = heads[:, -self.num_kv_heads :]
         self.backend.write(keys, values, cache, attention)
+        if asked is not None:
+            queries, attention = queries[asked.rows], asked.attention
         attended = self.backend.attend(queries, cache, attention)
         return project(self.o_proj, attended.flatten(1))
 
@@ -55,9 +58,12 @@ class DecoderLayer(nn.Module):
         rotation: tuple[Tensor, Tensor],
         attention: AttentionInputs,
         cache: LayerCache,
+        asked: AskedTokens | None,
     ) -> Tensor:
+        """hidden [tokens, hidden] -> the same; [asked, hidden] where only some are asked for."""
         normed = self.input_layernorm(hidden)
-        hidden = hidden + self.self_attn(normed, rotation, attention, cache)
+        attended = self.self_attn(normed, rotation, attention, cache, asked)
+        hidden = (hidden if asked is None else hidden[asked.rows]) + attended
         output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return output
 
@@ -89,11 +95,15 @@ class Decoder(nn.Module):
         return embeds
 
     def forward(self, embeds: Tensor, positions: Tensor, attention: AttentionInputs) -> Tensor:
-        """embeds [tokens, hidden], positions [tokens] -> normed states [tokens, hidden]."""
+        """embeds [tokens, hidden], positions [tokens] -> normed states [asked, hidden].
+
+        Asked are those that `attention` says, or all tokens.
+        """
         rotation = self.rotary(positions)
         hidden = embeds
         for layer, cache in zip(self.layers, attention.caches, strict=True):
-            hidden = layer(hidden, rotation, attention, cache)
+            is_last = layer is self.layers[-1]
+            hidden = layer(hidden, rotation, attention, cache, attention.asked if is_last else None)
         normed: Tensor = self.norm(hidden)
         return normed
 

@@ -54,7 +54,7 @@ class VisionLanguageModel(nn.Module):
         return self.language_model.embed(ids)
 
     def forward(self, embeds: Tensor, positions: Tensor, attention: AttentionInputs) -> Tensor:
-        """embeds [tokens, hidden], positions [tokens] -> normed states [tokens, hidden]."""
+        """embeds [tokens, hidden], positions [tokens] -> normed states [asked, hidden]."""
         hidden: Tensor = self.language_model(embeds, positions, attention)
         return hidden
 

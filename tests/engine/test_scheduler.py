@@ -235,26 +235,49 @@ def test_what_can_never_fit_is_refused() -> None:
 def test_short_prompts_come_first_and_the_eldest_always_gets_its_share() -> None:
     scheduler = make_scheduler(num_blocks=64, max_tokens=16)
     scheduler.add(make_sequence("long", prompt=range(40), max_tokens=1))
-    scheduler.add(make_sequence("short", prompt=range(100, 110), max_tokens=1))
+    scheduler.add(make_sequence("short", prompt=range(100, 106), max_tokens=1))
     scheduler.add(make_sequence("middle", prompt=range(200, 220), max_tokens=1))
     steps = steps_of(scheduler)
-    assert steps[0] == [("short", 0, 10), ("middle", 0, 2), ("long", 0, 4)]
+    assert steps[0] == [("short", 0, 6), ("middle", 0, 2), ("long", 0, 8)]
 
 
-def test_beside_running_answers_a_prompt_goes_on_slowly() -> None:
-    scheduler = make_scheduler(num_blocks=64, max_tokens=100, max_beside_answers=5)
+def test_prompts_that_came_together_share_half_of_a_step() -> None:
+    scheduler = make_scheduler(num_blocks=199, max_tokens=120)
+    for number in range(4):
+        prompt = range(100 * number, 100 * number + 70)
+        scheduler.add(make_sequence(str(number), prompt=prompt, max_tokens=1))
+    steps = steps_of(scheduler)
+    # The eldest three are sure of 20 tokens each; what is beyond them goes to the first in line.
+    assert steps[0] == [("0", 0, 70), ("1", 0, 30), ("2", 0, 20)]
+
+
+def test_beside_running_answers_a_prompt_takes_what_the_step_holds() -> None:
+    scheduler = make_scheduler(num_blocks=64, max_tokens=40, max_beside_answers=5)
     scheduler.add(make_sequence("answer", prompt=(1,), max_tokens=4))
     cache = FakeCache(4)
     batch = scheduler.schedule()
     assert batch is not None
     scheduler.commit(batch, cache.run(batch))
     scheduler.add(make_sequence("prompt", prompt=range(50), max_tokens=1))
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert [(s.sequence.request_id, len(s)) for s in batch.spans] == [("answer", 1), ("prompt", 39)]
+
+
+def test_beside_running_answers_a_prompt_with_media_goes_on_slowly() -> None:
+    scheduler = make_scheduler(num_blocks=64, max_tokens=100, max_beside_answers=5)
+    scheduler.add(make_sequence("answer", prompt=(1,), max_tokens=4))
+    cache = FakeCache(4)
+    batch = scheduler.schedule()
+    assert batch is not None
+    scheduler.commit(batch, cache.run(batch))
+    scheduler.add(make_sequence("prompt", prompt=(*range(50), PICTURE), max_tokens=1))
     lengths = []
     while batch := scheduler.schedule():
         lengths.append({s.sequence.request_id: len(s) for s in batch.spans})
         scheduler.commit(batch, cache.run(batch))
     assert lengths[:3] == [{"answer": 1, "prompt": 5}] * 3
-    assert lengths[3] == {"prompt": 35}
+    assert lengths[3] == {"prompt": 49}  # nobody waits any more
 
 
 def test_an_answer_that_finds_no_block_makes_the_last_one_wait() -> None:
@@ -978,11 +1001,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         answering = sum(span.sequence.is_answering for span in batch.spans)
         prompts = batch.num_tokens - answering
         room = max(1, MAX_TOKENS - answering)
-        assert prompts <= (min(room, MAX_BESIDE) if answering else room)
+        with_media = sum(
+            len(span)
+            for span in batch.spans
+            if span.sequence.media and not span.sequence.is_answering
+        )
+        assert prompts <= room
         stages = sum(len(piece) for piece in batch.vision)
         is_too_dear = self.price > room and stages == 1
         assert prompts + stages * self.price <= room or is_too_dear
-        assert prompts + (stages - 1) * self.price <= (MAX_BESIDE if answering else MAX_TOKENS)
+        assert with_media + (stages - 1) * self.price <= (MAX_BESIDE if answering else MAX_TOKENS)
         assert len({span.sequence.key for span in batch.spans}) == len(batch.spans)
         self.judge_sharing(batch)
         for span in batch.spans:

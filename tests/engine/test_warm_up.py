@@ -148,7 +148,7 @@ def test_beside_answers_fits_what_takes_as_long_as_they(
     fixed_s: float, token_s: float, fitting: int
 ) -> None:
     budget = measure(TimedRunner(token_s=token_s, fixed_s=fixed_s)).budget
-    assert budget.max_tokens_beside_answers == pytest.approx(fitting, rel=0.6)
+    assert budget.max_media_tokens_beside_answers == pytest.approx(fitting, rel=0.6)
 
 
 def test_a_fixed_cost_does_not_pass_for_slow_tokens() -> None:
