@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import importlib.util
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -47,6 +48,8 @@ from benchmarks.servers import (
     started,
 )
 from benchmarks.timing import Effort
+from server.config import environment_with
+from server.engine.process import ENVIRONMENT
 from server.hub import find_checkpoint
 
 STARTED_S = time.perf_counter()
@@ -67,6 +70,8 @@ Row = TypeVar("Row")
 
 def main() -> None:
     options = parse()
+    run_as_the_engine_process_does()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if importlib.util.find_spec("matplotlib") is None:
         sys.exit("the plot needs matplotlib: pip install -c constraints.txt -e '.[bench]'")
     if options.threads is not None:
@@ -92,6 +97,13 @@ def main() -> None:
     folder = write(report)
     print((folder / "table.md").read_text())
     say(f"written to {folder.relative_to(REPOSITORY)}")
+
+
+def run_as_the_engine_process_does() -> None:
+    """Begins again with its environment, which some libraries read only as a process begins."""
+    environment = environment_with(ENVIRONMENT)
+    if environment != dict(os.environ):
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], environment)
 
 
 def parse() -> argparse.Namespace:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.timing import Effort, seconds_of
-from server.model.layers import has_half_units
+from server.kernels.machine import has_half_units
 
 GEMM_DTYPES = ("bfloat16", "float32")
 WEIGHT_SHAPE = (8192, 2048)

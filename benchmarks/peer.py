@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
 import statistics
 import sys
 import tempfile
@@ -132,6 +133,8 @@ class Comparison:
 
 def main() -> None:
     options = parse()
+    # So that a run that is ended early ends its servers too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     comparison = Comparison(
         date=now(),
         machine=describe_machine("cpu"),

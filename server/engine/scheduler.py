@@ -6,7 +6,7 @@ the state machine it is.
 Sequences join the running set as long as the cache has room for what is known of them: tenants in
 turn, and within a tenant by priority, then in the order they came. Nobody passes by the first in
 line because it needs more room. In a step every
-running answer goes on by one token; what is left of the budget goes to the prompts. Half of it the
+running answer goes on by one token; what is left of the budget goes to the prompts. Most of it the
 first to have joined share alike: prompts that came together are done at about the same time, and
 their answers then go on undisturbed. The rest goes to the short ones first. Pictures and videos,
 and the prompts that hold them, may take only little of a step that running answers wait for.
@@ -22,6 +22,7 @@ waits, so somebody always goes on.
 
 from __future__ import annotations
 
+import math
 import secrets
 from bisect import bisect_left, insort
 from collections import Counter, OrderedDict
@@ -44,10 +45,13 @@ from server.engine.sequence import (
     VisionSlice,
 )
 
-SHARED_PART = 2
-"""One part in so many of what prompts may take in a step is divided among the eldest of them."""
+SHARED_PART = 2 / 3
+"""So much of what prompts may take in a step is divided among the eldest of them."""
 
-MAX_SHARING = 8
+LARGEST_SHARE = 1 / 4
+"""Of the step, for each of them: where they are few, short prompts still come first."""
+
+MAX_SHARING = 16
 LEAST_SHARE = 16
 """As many at most, and so many tokens each at least: small parts cost more than they bring."""
 
@@ -147,9 +151,9 @@ class Counts:
 
 def _shares(prompts: list[Sequence], num_tokens: int) -> dict[SequenceKey, int]:
     """What of so many tokens others must leave to the eldest prompts."""
-    shared = -(-num_tokens // SHARED_PART)
+    shared = math.ceil(num_tokens * SHARED_PART)
     sharing = prompts[: max(1, min(MAX_SHARING, shared // LEAST_SHARE))]
-    share = -(-shared // max(1, len(sharing)))
+    share = min(shared // max(1, len(sharing)), math.ceil(num_tokens * LARGEST_SHARE))
     return {
         sequence.key: share if sequence.media else min(share, sequence.num_to_compute)
         for sequence in sharing
