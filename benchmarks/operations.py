@@ -49,17 +49,18 @@ def decode_work(info: CheckpointInfo, dtype: str, *, num_rows: int, context: int
 
 
 def prefill_work(info: CheckpointInfo, *, num_tokens: int) -> Work:
-    """A prompt of `num_tokens` from nothing to its first token: logits of the last position only.
+    """A prompt of `num_tokens` from nothing to its first token.
 
-    Each position attends to itself and those before it.
+    Each position attends to itself and those before it. Of all but the last position the last layer
+    has to make keys and values only, and nobody needs their logits.
     """
     text = info.text
+    layer, keys_and_values = layer_matrix_elements(text), key_value_elements(text)
+    last_layer = num_tokens * keys_and_values + (layer - keys_and_values)
+    matrices = num_tokens * (text.num_layers - 1) * layer + last_layer + head_elements(text)
     num_pairs = num_tokens * (num_tokens + 1) // 2
-    operations = (
-        2 * num_tokens * text.num_layers * layer_matrix_elements(text)
-        + 2 * head_elements(text)
-        + attention_operations(text, num_pairs=num_pairs)
-    )
+    pairs = (text.num_layers - 1) * num_pairs + num_tokens
+    operations = 2 * matrices + 4 * text.num_heads * text.head_dim * pairs
     return Work(operations, num_bytes=0)
 
 
@@ -74,6 +75,11 @@ def layer_matrix_elements(text: TextConfig) -> int:
     kv_size = text.num_kv_heads * text.head_dim
     attention = text.hidden_size * (2 * query_size + 2 * kv_size)
     return attention + 3 * text.hidden_size * text.intermediate_size
+
+
+def key_value_elements(text: TextConfig) -> int:
+    """Of these, the elements of the matrices that make keys and values."""
+    return 2 * text.hidden_size * text.num_kv_heads * text.head_dim
 
 
 def head_elements(text: TextConfig) -> int:
