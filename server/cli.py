@@ -292,7 +292,8 @@ def _uvicorn_config(
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        h11_max_incomplete_event_size=http.max_header_bytes,
+        # Beyond what `RequestRecord` allows, or headers that come in pieces would get h11's 400.
+        h11_max_incomplete_event_size=4 * http.max_header_bytes,
         timeout_keep_alive=http.keep_alive_timeout_s,
         # Requests have been drained before; what is left is a client that does not read.
         timeout_graceful_shutdown=5,
