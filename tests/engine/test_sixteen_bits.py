@@ -25,7 +25,7 @@ from server.model.config import read_checkpoint
 
 TOLERANCE = 0.25
 """How far log-probabilities may differ, of tokens that are as likely as the next line says.
-0.2 has been seen."""
+0.09 has been seen."""
 
 LIKELY = -8.0
 
