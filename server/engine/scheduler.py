@@ -9,7 +9,7 @@ line because it needs more room. In a step every
 running answer goes on by one token; what is left of the budget goes to the prompts. Most of it the
 first to have joined share alike: prompts that came together are done at about the same time, and
 their answers then go on undisturbed. The rest goes to the short ones first. Pictures and videos,
-and the prompts that hold them, may take only little of a step that running answers wait for.
+and prompts up to the last of them, may take only little of a step that running answers wait for.
 
 An answer grows block by block: when none is left, the sequence that joined last gives up its blocks
 and is computed again later.
@@ -155,7 +155,9 @@ def _shares(prompts: list[Sequence], num_tokens: int) -> dict[SequenceKey, int]:
     sharing = prompts[: max(1, min(MAX_SHARING, shared // LEAST_SHARE))]
     share = min(shared // max(1, len(sharing)), math.ceil(num_tokens * LARGEST_SHARE))
     return {
-        sequence.key: share if sequence.media else min(share, sequence.num_to_compute)
+        sequence.key: share
+        if sequence.has_media_to_compute
+        else min(share, sequence.num_to_compute)
         for sequence in sharing
     }
 
@@ -412,23 +414,29 @@ class Scheduler:
     def _advance_prompts(self, prompts: list[Sequence], plan: _Plan) -> None:
         left = max(1, self._budget.max_tokens - len(plan.spans))
         left_to_media = self._budget.max_media_tokens_beside_answers if plan.spans else left
-        reserved = _shares(prompts, left)
-        reserved_for_media = _shares([each for each in prompts if each.media], left_to_media)
         price = self._budget.tokens_per_stage
-        if prompts and prompts[0].is_being_encoded and price <= left:
-            # One stage may exceed its share, but what others take leaves room for it in the step.
+        # One stage may exceed its share, but what others take leaves room for it in the step.
+        makes_room = bool(prompts) and prompts[0].is_being_encoded and price < left
+        reserved = _shares(prompts, left - price if makes_room else left)
+        media = [each for each in prompts if each.has_media_to_compute]
+        reserved_for_media = _shares(media, left_to_media)
+        for sequence in media:
+            if sequence.key in reserved:
+                may_take = reserved_for_media.get(sequence.key, 0)
+                reserved[sequence.key] = min(reserved[sequence.key], may_take)
+        if makes_room:
             reserved[prompts[0].key] = max(reserved[prompts[0].key], price)
         for sequence in sorted(prompts, key=lambda sequence: sequence.num_to_compute):
             reserved.pop(sequence.key, None)
             reserved_for_media.pop(sequence.key, None)
             allowance = left - sum(reserved.values())
-            if sequence.media:
+            if sequence.has_media_to_compute:
                 allowance = min(allowance, left_to_media - sum(reserved_for_media.values()))
             if allowance > 0:
                 is_eldest = sequence is prompts[0]
                 spent = self._advance(sequence, allowance, plan, may_exceed=is_eldest)
                 left -= spent
-                left_to_media -= spent if sequence.media else 0
+                left_to_media -= spent if sequence.has_media_to_compute else 0
 
     def _advance(
         self, sequence: Sequence, allowance: int, plan: _Plan, *, may_exceed: bool = False

@@ -141,6 +141,11 @@ class Sequence:
         )
 
     @property
+    def has_media_to_compute(self) -> bool:
+        """Whether positions of a picture or video are not in its blocks yet."""
+        return any(medium.encoding is not None for medium in self.media)
+
+    @property
     def num_tile_bytes(self) -> int:
         return sum(medium.tiles.nbytes for medium in self.media)
 
@@ -187,8 +192,9 @@ class StepBudget:
     """What one step may hold, all of it priced in tokens of a prompt.
 
     `tokens_per_stage` is the price of one stage of one tile. `max_media_tokens_beside_answers` is
-    the limit for tiles, and for prompts with media, in a step that running answers wait for. One
-    stage of the eldest prompt may exceed it, and `max_tokens` too where it is dearer than that.
+    the limit for tiles, and for prompts up to the end of their last medium, in a step that running
+    answers wait for. One stage of the eldest prompt may exceed it, and `max_tokens` too where it
+    would leave nothing of a step to anybody else.
     """
 
     max_tokens: int

@@ -31,11 +31,11 @@ from server.errors import CheckpointError, ConfigError
 
 TARGET_STEP_S = 1.0
 TARGET_WAIT_S = TARGET_STEP_S / 4
-"""What running answers wait for others in a step, unless their own part takes longer. On a machine
-for which the model is large that is about their own part: they go on at half their speed."""
+"""What running answers wait for pictures and videos in a step, unless their own part takes longer.
+On a machine for which the model is large that is about their own part: they go on at half speed."""
 MIN_TOKENS_PER_STEP = 16
 MAX_TOKENS_PER_STEP = 2048
-MIN_TOKENS_BESIDE_ANSWERS = 64
+MIN_MEDIA_TOKENS_BESIDE_ANSWERS = 64
 """Fewer rows than this cost nearly as much as these: the weights are read for them all. Fewer it is
 where these would take longer than `TARGET_WAIT_S`."""
 
@@ -80,16 +80,17 @@ def warm_up(
     if max_tokens is None:
         fitting = int((TARGET_STEP_S - answer_s) / token_s)
         max_tokens = max(MIN_TOKENS_PER_STEP, min(MAX_TOKENS_PER_STEP, fitting))
-    least_beside = min(MIN_TOKENS_BESIDE_ANSWERS, math.ceil(TARGET_WAIT_S / token_s))
-    beside_answers = max(1, min(max_tokens, max(least_beside, int(answer_s / token_s))))
+    least_beside = min(MIN_MEDIA_TOKENS_BESIDE_ANSWERS, math.ceil(TARGET_WAIT_S / token_s))
+    media_beside_answers = max(1, min(max_tokens, max(least_beside, int(answer_s / token_s))))
     tile_s = _tile_s(probe, vision, num_cached=pool.num_tokens) if vision is not None else 0.0
     tokens_per_tile = tile_s / token_s
-    # So many that one of them fits beside answers.
-    num_stages = max(1, min(max_stages_per_tile, math.ceil(tokens_per_tile / beside_answers)))
+    # So many that one of them fits beside answers, and leaves half of any step to others.
+    longest_stage = max(1, min(media_beside_answers, max_tokens // 2))
+    num_stages = max(1, min(max_stages_per_tile, math.ceil(tokens_per_tile / longest_stage)))
     budget = StepBudget(
         max_tokens=max_tokens,
         tokens_per_stage=max(1, math.ceil(tokens_per_tile / num_stages)),
-        max_media_tokens_beside_answers=beside_answers,
+        max_media_tokens_beside_answers=media_beside_answers,
     )
     return WarmUp(budget, num_stages, probe.slowest_s)
 

@@ -150,6 +150,14 @@ def steps_of(scheduler: Scheduler) -> list[list[tuple[str, int, int]]]:
     return steps
 
 
+def one_step(scheduler: Scheduler, cache: FakeCache) -> tuple[dict[str, int], list[TokenEvent]]:
+    """How many positions each has in the next step, and what it tells."""
+    batch = scheduler.schedule()
+    assert batch is not None
+    lengths = {span.sequence.request_id: len(span) for span in batch.spans}
+    return lengths, scheduler.commit(batch, cache.run(batch))
+
+
 def ids(events: list[TokenEvent], name: str = "r", choice: int = 0) -> list[int | None]:
     return [e.token_id for e in events if (e.request_id, e.choice) == (name, choice)]
 
@@ -645,6 +653,47 @@ def test_a_stage_that_fits_a_step_never_makes_it_longer() -> None:
     assert [len(span) for span in batch.spans] == [4]
 
 
+@pytest.mark.parametrize(("price", "num_long"), [(173, 4), (173, 8), (260, 0), (300, 0)])
+def test_who_comes_after_a_slow_video_is_not_held_up_by_it(price: int, num_long: int) -> None:
+    """A stage takes most of a step, or more than there is; long prompts came before the short."""
+    scheduler = make_scheduler(
+        num_blocks=4000, max_tokens=260, max_running=40, tokens_per_stage=price, stages_per_tile=9
+    )
+    scheduler.add(make_sequence("video", prompt=(VIDEO, 1), max_tokens=1))
+    for number in range(num_long):
+        prompt = range(1000 * number, 1000 * number + 900)
+        scheduler.add(make_sequence(f"long {number}", prompt=prompt, max_tokens=1))
+    scheduler.add(make_sequence("short", prompt=(7, 8, 9), max_tokens=1))
+    cache = FakeCache(4)
+    first = [event.request_id for _ in range(3) for event in one_step(scheduler, cache)[1]]
+    assert first == ["short"]
+
+
+def test_media_withhold_nothing_that_they_may_not_take() -> None:
+    scheduler = make_scheduler(num_blocks=999, max_tokens=100, max_beside_answers=8, max_running=40)
+    scheduler.add(make_sequence("answer", prompt=(1,), max_tokens=9))
+    cache = FakeCache(4)
+    one_step(scheduler, cache)
+    for name in "abc":
+        scheduler.add(make_sequence(name, prompt=(VIDEO, *range(900)), max_tokens=1))
+    scheduler.add(make_sequence("text", prompt=range(300), max_tokens=1))
+    lengths, _ = one_step(scheduler, cache)
+    assert lengths["text"] >= 100 - 1 - 8
+
+
+def test_behind_its_last_medium_a_prompt_is_like_any_other() -> None:
+    scheduler = make_scheduler(num_blocks=999, max_tokens=100, max_beside_answers=8)
+    scheduler.add(make_sequence("before", prompt=(PICTURE, 1), max_tokens=1))
+    cache = FakeCache(4)
+    while not scheduler.idle:
+        one_step(scheduler, cache)
+    scheduler.add(make_sequence("answer", prompt=(1,), max_tokens=9))
+    one_step(scheduler, cache)
+    scheduler.add(make_sequence("again", prompt=(PICTURE, *range(2, 200)), max_tokens=1))
+    lengths = [one_step(scheduler, cache)[0].get("again", 0) for _ in range(3)]
+    assert max(lengths) == 99
+
+
 def test_a_medium_behind_the_step_s_last_position_is_not_encoded_yet() -> None:
     scheduler = make_scheduler(max_tokens=2)
     scheduler.add(make_sequence(prompt=(1, 2, PICTURE), max_tokens=1))
@@ -1004,11 +1053,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         with_media = sum(
             len(span)
             for span in batch.spans
-            if span.sequence.media and not span.sequence.is_answering
+            if span.sequence.has_media_to_compute and not span.sequence.is_answering
         )
         assert prompts <= room
         stages = sum(len(piece) for piece in batch.vision)
-        is_too_dear = self.price > room and stages == 1
+        is_too_dear = self.price >= room and stages == 1
         assert prompts + stages * self.price <= room or is_too_dear
         assert with_media + (stages - 1) * self.price <= (MAX_BESIDE if answering else MAX_TOKENS)
         assert len({span.sequence.key for span in batch.spans}) == len(batch.spans)

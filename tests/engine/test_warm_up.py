@@ -10,7 +10,7 @@ from server.engine.scheduler import Scheduler
 from server.engine.sequence import Batch, Sequence, SpanOutput
 from server.engine.warm_up import (
     MAX_TOKENS_PER_STEP,
-    MIN_TOKENS_BESIDE_ANSWERS,
+    MIN_MEDIA_TOKENS_BESIDE_ANSWERS,
     TARGET_STEP_S,
     WarmUp,
     warm_up,
@@ -139,7 +139,7 @@ def test_explicit_tokens_leave_the_stages_as_measured() -> None:
     ("fixed_s", "token_s", "fitting"),
     [
         (0.1, 1e-4, 1000),
-        (0.0001, 1e-4, MIN_TOKENS_BESIDE_ANSWERS),
+        (0.0001, 1e-4, MIN_MEDIA_TOKENS_BESIDE_ANSWERS),
         (0.0001, 0.015, 17),  # those would take a second
     ],
     ids=str,
