@@ -22,10 +22,6 @@ FAKE_FACTS = EngineFacts(
     device="cpu",
     dtype="float32",
     attention="fake",
-    max_tokens_per_step=512,
-    max_media_tokens_beside_answers=64,
-    tokens_per_tile=100,
-    stages_per_tile=1,
     slowest_step_s=0.1,
     load_s=0.0,
 )

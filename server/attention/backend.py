@@ -72,8 +72,9 @@ class BackendKind:
     """page size -> backend"""
     page_size: int
     """Where none is asked for."""
-    problem: Callable[[torch.device, torch.dtype], str | None]
-    """Why there is none for this device and type of keys and values; None where there is."""
+    problem: Callable[[torch.device, torch.dtype, int | None], str | None]
+    """Why there is none for this device, type of keys and values, and page size if one is asked
+    for; None where there is."""
 
 
 BACKENDS: dict[str, BackendKind] = {
@@ -84,7 +85,9 @@ BACKENDS: dict[str, BackendKind] = {
         lambda page_size: CpuBackend(page_size=page_size), 64, cpu.problem_on_device
     ),
     "sdpa": BackendKind(
-        lambda page_size: SdpaBackend(page_size=page_size), 64, lambda device, dtype: None
+        lambda page_size: SdpaBackend(page_size=page_size),
+        64,
+        lambda device, dtype, page_size: None,
     ),
 }
 """By name, the fastest first."""
@@ -100,12 +103,14 @@ def choose_backend(
     """The backend called `name`, or the fastest for the device; ConfigError where there is none."""
     place = torch.device(device)
     if name == "auto":
-        name = next(each for each, kind in BACKENDS.items() if not kind.problem(place, dtype))
+        name = next(
+            each for each, kind in BACKENDS.items() if not kind.problem(place, dtype, page_size)
+        )
     if name not in BACKENDS:
         known = ", ".join(["auto", *BACKENDS])
         raise ConfigError(f"engine.attention_backend is '{name}'; it can be one of: {known}")
     kind = BACKENDS[name]
-    problem = kind.problem(place, dtype)
+    problem = kind.problem(place, dtype, page_size)
     if problem is not None:
         raise ConfigError(f"engine.attention_backend '{name}' {problem}")
     return kind.build(page_size or kind.page_size)

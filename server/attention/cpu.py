@@ -21,7 +21,9 @@ MAX_KERNEL_QUERIES = 8
 """Of one sequence in one step; with more, torch's matrix products are faster."""
 
 
-def problem_on_device(device: torch.device, dtype: torch.dtype) -> str | None:
+def problem_on_device(
+    device: torch.device, dtype: torch.dtype, page_size: int | None
+) -> str | None:
     """Why this backend cannot be had; None where it can."""
     if device.type != "cpu":
         return f"does not run on the device '{device}'"
@@ -93,7 +95,7 @@ class CpuBackend:
                 keys, values = self._gathered(cache, inputs, index)
                 start = bounds[index]
                 own = queries[start : start + length]
-                if not has_half_units(own.dtype):
+                if own.dtype != torch.float32 and not has_half_units(own.dtype):
                     own, keys, values = own.float(), keys.float(), values.float()
                 output[start : start + length] = attend_by_products(own, keys, values)
         return output.to(queries.dtype)

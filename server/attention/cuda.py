@@ -11,7 +11,6 @@ from torch import Tensor
 
 from server.attention.inputs import AttentionInputs, LayerCache
 from server.attention.sdpa import SdpaBackend
-from server.errors import ConfigError
 
 PAGE_SIZE_UNIT = 256
 """FlashAttention 2 takes pages of a multiple of this only."""
@@ -20,7 +19,9 @@ LEAST_CAPABILITY = (8, 0)
 """The first GPUs (Ampere) that FlashAttention 2 runs on."""
 
 
-def problem_on_device(device: torch.device, dtype: torch.dtype) -> str | None:
+def problem_on_device(
+    device: torch.device, dtype: torch.dtype, page_size: int | None
+) -> str | None:
     """Why this backend cannot be had; None where it can."""
     if device.type != "cuda":
         return f"does not run on the device '{device}'"
@@ -28,6 +29,8 @@ def problem_on_device(device: torch.device, dtype: torch.dtype) -> str | None:
         return "needs model.dtype float16 or bfloat16"
     if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
         return "needs a GPU of compute capability 8.0 or more"
+    if page_size is not None and page_size % PAGE_SIZE_UNIT:
+        return f"needs engine.block_size to be a multiple of {PAGE_SIZE_UNIT}, not {page_size}"
     return None
 
 
@@ -38,11 +41,6 @@ class CudaBackend:
         # Here, because importing it takes seconds and nobody else needs it.
         from torch.nn.attention.varlen import varlen_attn
 
-        if page_size % PAGE_SIZE_UNIT:
-            raise ConfigError(
-                "engine.attention_backend 'cuda' needs engine.block_size to be a multiple of "
-                f"{PAGE_SIZE_UNIT}, not {page_size}"
-            )
         self.page_size = page_size
         self._pages = SdpaBackend(page_size=page_size)
         self._attend = varlen_attn

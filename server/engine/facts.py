@@ -31,10 +31,6 @@ class EngineFacts:
     device: str
     dtype: str
     attention: str
-    max_tokens_per_step: int
-    max_media_tokens_beside_answers: int
-    tokens_per_tile: int
-    stages_per_tile: int
     slowest_step_s: float
     load_s: float
 

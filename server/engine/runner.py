@@ -138,7 +138,8 @@ class Runner:
         states = self._model.advance_tiles(states, stages, num_stages)
         if stages.stop < num_stages:
             for tile, state in zip(tiles, states, strict=True):
-                tile.encoding.partial[tile.index] = stages.stop, state
+                # A copy: a view would keep the states of all tiles of the group.
+                tile.encoding.partial[tile.index] = stages.stop, state.clone()
             return
         queries = [tile.medium.vision.layout.tile_queries[tile.index] for tile in tiles]
         encoded = self._model.finish_tiles(states, queries)

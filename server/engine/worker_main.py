@@ -140,10 +140,6 @@ def _load(channel: SocketChannel, wrap: Callable[[Runner], StepRunner]) -> Worke
         device=device,
         dtype=dtype,
         attention=type(backend).__name__,
-        max_tokens_per_step=budget.max_tokens,
-        max_media_tokens_beside_answers=budget.max_media_tokens_beside_answers,
-        tokens_per_tile=budget.tokens_per_stage * measured.stages_per_tile,
-        stages_per_tile=measured.stages_per_tile,
         slowest_step_s=round(measured.slowest_s, 3),
         load_s=round(time.monotonic() - started_s, 3),
     )

@@ -36,7 +36,7 @@ EXP2_COEFFICIENTS = (1.5403530e-4, 1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 STORAGE = {"torch.float32": FLOAT32, "torch.bfloat16": BFLOAT16, "torch.float16": FLOAT16}
-"""What keys and values are stored as, by the name of torch's type."""
+"""What numbers are stored as, by the name of torch's type."""
 
 ELEMENT_BYTES = {FLOAT32: 4, BFLOAT16: 2, FLOAT16: 2}
 
@@ -202,7 +202,7 @@ NEW_KEYS, NEW_VALUES, SLOTS = range(12, NUM_FIELDS)
 
 
 class AttentionArguments(ctypes.Structure):
-    """What both kernels are called with; addresses of contiguous tensors, and sizes.
+    """What the kernels of attention are called with; addresses of contiguous tensors, and sizes.
 
     queries, output  float32 [tokens, heads, head_dim]; queries are scaled already
     keys             [pages, kv_heads, head_dim, page_size]
@@ -595,5 +595,6 @@ def _compiled(function: Callable[[Any], None]) -> Any:
     signature = types.void(types.voidptr)
     try:
         return cfunc(signature, cache=True)(function)
-    except RuntimeError:  # nowhere to keep it: neither folder can be written to
+    except (RuntimeError, OSError):
+        # There is nowhere to keep it: no folder can be written to, or the disk is full.
         return cfunc(signature)(function)

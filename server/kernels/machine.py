@@ -36,12 +36,11 @@ def load_kernels() -> ModuleType | None:
 def has_half_units(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies 16-bit matrices itself: without, float32 is many times faster."""
     mkldnn = torch.ops.mkldnn
-    check = (
-        mkldnn._is_mkldnn_bf16_supported
-        if dtype == torch.bfloat16
-        else mkldnn._is_mkldnn_fp16_supported
-    )
-    return bool(check())
+    checks = {
+        torch.bfloat16: mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: mkldnn._is_mkldnn_fp16_supported,
+    }
+    return bool(checks[dtype]())
 
 
 def run_in_threads(function: Any, arguments: Any, *, num_bytes: int) -> None:

@@ -67,6 +67,8 @@ def pack_for_cpu(model: VisionLanguageModel, info: CheckpointInfo) -> None:
                 table = tensors.get_tensor(entry.stored_name)
         except (SafetensorError, OSError) as cause:
             raise open_error(entry.file, cause) from cause
+        if table.shape != decoder.embed_tokens.weight.shape:
+            raise CheckpointError(f"{entry.file}: the file has changed while it was read")
         decoder.embed_tokens = EmbeddingInFile(table, dtype=decoder.norm.weight.dtype)
 
 

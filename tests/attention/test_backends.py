@@ -29,8 +29,9 @@ def test_matches_dense_attention(
 
 @pytest.mark.parametrize("name", CPU_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_stays_close(name: str, dtype: torch.dtype) -> None:
-    scene = build_scene(name, LENGTHS["mixed"], page_size=16, dtype=dtype)
+@pytest.mark.parametrize("lengths", ["mixed", "long"])
+def test_half_precision_stays_close(name: str, dtype: torch.dtype, lengths: str) -> None:
+    scene = build_scene(name, LENGTHS[lengths], page_size=16, dtype=dtype)
     result = attend(scene)
     assert result.dtype == dtype
     torch.testing.assert_close(result.double(), expected(scene), atol=2e-2, rtol=2e-2)

@@ -69,9 +69,12 @@ def test_it_calls_torch_as_documented(
     torch.testing.assert_close(attend(scene).double(), expected(scene), atol=1e-5, rtol=1e-5)
 
 
-def test_pages_of_another_size_are_refused() -> None:
+def test_pages_of_another_size_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capable_of((9, 0)))
     with pytest.raises(ConfigError, match=r"engine\.block_size to be a multiple of 256, not 64"):
-        CudaBackend(page_size=64)
+        choose_backend("cuda", device="cuda", dtype=torch.bfloat16, page_size=64)
+    auto = choose_backend("auto", device="cuda", dtype=torch.bfloat16, page_size=64)
+    assert (type(auto), auto.page_size) == (SdpaBackend, 64)
 
 
 def capable_of(capability: tuple[int, int]) -> Any:

@@ -18,6 +18,7 @@ import openai
 import pytest
 from PIL import Image, ImageDraw
 
+from server.engine.process import ENVIRONMENT
 from server.model.config import read_checkpoint
 from server.vision.tiles import image_tiles
 from tests.clips import clip
@@ -168,6 +169,11 @@ def test_media_that_cannot_be_used_is_named(
 def processor_seconds(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     return (int(fields[11]) + int(fields[12])) / 100
+
+
+def test_the_engine_process_has_its_environment(tiny: RunningServer) -> None:
+    entries = Path(f"/proc/{tiny.worker_pid}/environ").read_text().split("\0")
+    assert {entry.partition("=")[0] for entry in entries} >= ENVIRONMENT.keys()
 
 
 def test_an_answer_nobody_waits_for_is_not_made(tiny: RunningServer) -> None:

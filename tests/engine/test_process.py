@@ -1,4 +1,7 @@
-from server.engine.process import CRASH_WINDOW_S, RestartPolicy
+import pytest
+
+from server.config import environment_with
+from server.engine.process import CRASH_WINDOW_S, ENVIRONMENT, RestartPolicy
 
 
 class Clock:
@@ -25,3 +28,11 @@ def test_crashes_of_long_ago_do_not_count() -> None:
     for _ in range(20):
         assert policy.delay_after_crash() == 1
         clock.now_s += CRASH_WINDOW_S
+
+
+def test_a_child_gets_what_the_environment_does_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    environment = environment_with(ENVIRONMENT)
+    assert environment["GOMP_SPINCOUNT"] == "7"
+    assert environment["GLIBC_TUNABLES"] == ENVIRONMENT["GLIBC_TUNABLES"]
