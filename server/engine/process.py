@@ -57,6 +57,10 @@ ENVIRONMENT = {
     # A thread that waits for another sleeps soon. By default it spins for milliseconds, and where
     # there are more busy threads than cores it keeps the very core that the other one waits for.
     "GOMP_SPINCOUNT": "3000",
+    # oneDNN, and PyTorch's layer above it, keep a program of about a megabyte for each shape of a
+    # product they have met: by default a thousand each, and every length of a step is a shape.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+    "LRU_CACHE_CAPACITY": "64",
 }
 """Set for the process where the environment does not set them. Elsewhere they mean nothing."""
 
