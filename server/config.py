@@ -9,11 +9,13 @@ what the settings do: a class is given its section, or plain values, and never w
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
+from collections import abc
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
@@ -35,6 +37,9 @@ Values: TypeAlias = Mapping[str, Mapping[str, Any]]
 
 _MIB = 1024 * 1024
 _KEY_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
+HostName: TypeAlias = Annotated[str, Field(min_length=1, max_length=255)]
+"""A host's name, `*.name` for all below one, or a network such as 10.0.0.0/8."""
+
 _SHA256_HEX = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
@@ -49,6 +54,7 @@ class HttpConfig(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=Tr
     api_keys_file: Path | None = None
     strict: bool = False
     max_body_bytes: PositiveInt = 64 * _MIB
+    max_multipart_bytes: PositiveInt = 129 * _MIB
     max_header_bytes: PositiveInt = 32 * 1024
     headers_timeout_s: PositiveFloat = 10.0
     receive_timeout_s: PositiveFloat = 60.0
@@ -78,7 +84,7 @@ class HttpConfig(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=Tr
 
 
 class MediaConfig(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True):
-    """What pictures and videos may be sent, and what decoding one may cost."""
+    """What pictures and videos may be sent, from where, and what getting one may cost."""
 
     max_images: Annotated[int, Field(ge=0)] = 16
     max_videos: Annotated[int, Field(ge=0)] = 2
@@ -92,8 +98,38 @@ class MediaConfig(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=T
     max_video_duration_s: PositiveFloat = 3600.0
     max_video_packets: PositiveInt = 300_000
     max_video_frames_decoded: PositiveInt = 20_000
+    image_decode_timeout_s: PositiveFloat = 5.0
     video_decode_timeout_s: PositiveFloat = 30.0
-    decode_threads: PositiveInt = 2
+    image_decode_memory_bytes: PositiveInt = 1024 * _MIB
+    video_decode_memory_bytes: PositiveInt = 3072 * _MIB
+    decode_processes: PositiveInt = 2
+    max_decodes_waiting: PositiveInt = 256
+    jpeg_reduced_scale: bool = True
+    allowed_hosts: tuple[HostName, ...] | None = None
+    denied_hosts: tuple[HostName, ...] = ()
+    allowed_private_hosts: tuple[HostName, ...] = ()
+    allowed_ports: tuple[Annotated[int, Field(ge=1, le=65_535)], ...] = (80, 443)
+    ca_file: Path | None = None
+    proxy: Annotated[str | None, Field(min_length=1, repr=False)] = None
+    connect_timeout_s: PositiveFloat = 3.0
+    first_byte_timeout_s: PositiveFloat = 5.0
+    image_fetch_timeout_s: PositiveFloat = 15.0
+    video_fetch_timeout_s: PositiveFloat = 30.0
+    min_fetch_bytes_per_s: PositiveInt = 16 * 1024
+    max_redirects: Annotated[int, Field(ge=0)] = 3
+    max_fetches: PositiveInt = 32
+    max_fetches_per_host: PositiveInt = 4
+    max_fetches_per_request: PositiveInt = 4
+    max_fetches_waiting: PositiveInt = 256
+    cache_bytes: Annotated[int, Field(ge=0)] = 512 * _MIB
+    cache_ttl_s: PositiveFloat = 3600.0
+    cache_dir: Path | None = None
+    cache_dir_bytes: PositiveInt = 2048 * _MIB
+    local_root: Path | None = None
+    files_dir: Path | None = None
+    files_ttl_s: PositiveFloat = 7 * 24 * 3600.0
+    max_files_bytes_per_key: PositiveInt = 1024 * _MIB
+    spool_dir: Path | None = None
 
 
 class ModelConfig(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True):
@@ -164,6 +200,16 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
 }
 
 
+PATHS = (
+    ("http", "api_keys_file"),
+    ("media", "ca_file"),
+    ("media", "cache_dir"),
+    ("media", "local_root"),
+    ("media", "files_dir"),
+    ("media", "spool_dir"),
+)
+
+
 def load_config(path: Path | None = None, flags: Values | None = None) -> Config:
     """The settings from file < environment < flags; ConfigError, one line, where one is wrong."""
     sources: list[tuple[str, Values]] = []
@@ -176,7 +222,8 @@ def load_config(path: Path | None = None, flags: Values | None = None) -> Config
     for _, values in sources:
         for section, entries in values.items():
             merged.setdefault(section, {}).update(entries)
-    _resolve_relative_key_file(path, sources, merged)
+    if path is not None:
+        _resolve_relative_paths(path.parent, sources[0][1], merged)
     try:
         config = Config(**merged)  # type: ignore[arg-type]  # pydantic checks the values
     except ValidationError as error:
@@ -227,9 +274,22 @@ def _values_in_environment() -> Values:
     try:
         values: Values = EnvSettingsSource(Config)()
     except SettingsError:
-        # Its text quotes the value, which may be a secret. Only mappings are parsed as JSON.
-        raise ConfigError("environment: HCX_HTTP__API_KEYS is not valid JSON") from None
+        # Its text quotes the value, which may be a secret.
+        raise ConfigError(f"environment: {_variable_not_json()} is not valid JSON") from None
     return values
+
+
+def _variable_not_json() -> str:
+    """The first variable for a mapping or a list whose value cannot be parsed as one."""
+    for name in sorted(os.environ):
+        section, _, key = name.lower().removeprefix(ENV_PREFIX.lower()).partition(ENV_DELIMITER)
+        field = SECTIONS[section].model_fields.get(key) if section in SECTIONS else None
+        if field is not None and get_origin(field.annotation) in (tuple, abc.Mapping):
+            try:
+                json.loads(os.environ[name])
+            except ValueError:
+                return name.upper()
+    raise AssertionError("every value can be parsed")
 
 
 def _known_variables() -> list[str]:
@@ -279,15 +339,14 @@ def _one_line(error: ValidationError, sources: list[tuple[str, Values]]) -> str:
     return f"{source}: {section}.{key}: {message[:1].lower()}{message[1:]}"
 
 
-def _resolve_relative_key_file(
-    path: Path | None, sources: list[tuple[str, Values]], merged: dict[str, dict[str, Any]]
+def _resolve_relative_paths(
+    folder: Path, in_file: Values, merged: dict[str, dict[str, Any]]
 ) -> None:
-    """A key file named in the settings file lies beside it, wherever the server is started."""
-    if path is None:
-        return
-    named_in_file = sources[0][1].get("http", {}).get("api_keys_file")
-    if named_in_file is not None and merged["http"]["api_keys_file"] == named_in_file:
-        merged["http"]["api_keys_file"] = path.parent / str(named_in_file)
+    """What the settings file names lies beside it, wherever the server is started."""
+    for section, key in PATHS:
+        named = in_file.get(section, {}).get(key)
+        if named is not None and merged[section][key] == named:
+            merged[section][key] = folder / str(named)
 
 
 def _with_keys_of_file(config: Config, path: Path) -> Config:

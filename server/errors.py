@@ -17,9 +17,11 @@
     │   │   ├── EmptyMediaFile          400 empty_image_file / empty_video_file
     │   │   ├── UnsupportedMediaType    400 unsupported_image_media_type / unsupported_video_...
     │   │   ├── MediaFileTooLarge       400 image_file_too_large / video_file_too_large
+    │   │   ├── DownloadFailed          400 failed_to_download_image / failed_to_download_video
     │   │   └── MediaTooLarge           400 image_too_large / video_too_large
     │   ├── InvalidApiKey               401 invalid_api_key
     │   ├── ModelNotFound               404 model_not_found
+    │   ├── FileNotFound                404 file_not_found
     │   ├── UnknownUrl                  404 unknown_url
     │   ├── MethodNotAllowed            405 method_not_allowed
     │   ├── RequestReceiveTimeout       408 request_receive_timeout
@@ -28,6 +30,7 @@
     │   └── UnsupportedContentType      415 unsupported_content_type
     ├── RateLimited                     429 rate_limit_exceeded
     ├── RequestTimeout                  504 request_timeout
+    ├── StorageFull                     507 storage_full
     └── Unavailable                     503 server_is_overloaded
         ├── WorkerRestarting            503 worker_restarting
         ├── ShuttingDown                503 shutting_down
@@ -170,6 +173,12 @@ class MediaFileTooLarge(MediaError):
     code_pattern = "{kind}_file_too_large"
 
 
+class DownloadFailed(MediaError):
+    """The place a medium was to come from did not give it, or not in time."""
+
+    code_pattern = "failed_to_download_{kind}"
+
+
 class MediaTooLarge(MediaError):
     """Pixels, sides, aspect ratio, duration or packets beyond a limit."""
 
@@ -185,6 +194,14 @@ class InvalidApiKey(InvalidRequest):
 class ModelNotFound(InvalidRequest):
     status = 404
     code = "model_not_found"
+
+
+class FileNotFound(InvalidRequest):
+    """No such uploaded file, or one of another owner: nobody can tell which."""
+
+    status = 404
+    code = "file_not_found"
+    default_message = "No such file."
 
 
 class UnknownUrl(InvalidRequest):
@@ -236,6 +253,14 @@ class RequestTimeout(ServerError):
     status = 504
     code = "request_timeout"
     default_message = "The request took longer than allowed."
+
+
+class StorageFull(ServerError):
+    """An upload that finds no room; sending it again does not help."""
+
+    status = 507
+    code = "storage_full"
+    default_message = "There is no room for this file."
 
 
 class Unavailable(ServerError):

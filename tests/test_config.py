@@ -180,8 +180,19 @@ def test_wrong_keys_are_refused_without_being_shown(
 def test_a_value_that_is_no_json_is_refused_without_being_shown(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("HCX_MEDIA__ALLOWED_HOSTS", '["example.com"]')
     monkeypatch.setenv("HCX_HTTP__API_KEYS", "alice=hunter2")
     assert refusal() == "environment: HCX_HTTP__API_KEYS is not valid JSON"
+    monkeypatch.delenv("HCX_HTTP__API_KEYS")
+    monkeypatch.setenv("HCX_MEDIA__DENIED_HOSTS", "hunter2")
+    assert refusal() == "environment: HCX_MEDIA__DENIED_HOSTS is not valid JSON"
+
+
+def test_a_relative_path_in_a_settings_file_starts_beside_it(tmp_path: Path) -> None:
+    path = write(tmp_path, "media: {files_dir: uploads, local_root: /srv/media}")
+    media = load_config(path).media
+    assert media.files_dir == tmp_path / "uploads"
+    assert media.local_root == Path("/srv/media")
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ class Preparer:
         self._template = template
         self._media = media
         self._prompt_pool = ThreadPoolExecutor(1, thread_name_prefix="prompt")
-        self._media_pool = ThreadPoolExecutor(media.decode_threads, thread_name_prefix="media")
+        self._media_pool = ThreadPoolExecutor(media.decode_processes, thread_name_prefix="media")
 
     def close(self) -> None:
         """Drop what waits in the pools; what runs ends by itself."""

@@ -290,8 +290,7 @@ class _Decoder:
         self._config = config
         self._deadline = deadline
         self._context = stream.codec_context
-        self._context.thread_type = "AUTO"
-        self._context.thread_count = config.decode_threads
+        self._context.thread_count = 1
         # Sizes are checked frame by frame; this stops FFmpeg from making a monstrous one first.
         # Four times the limit, because it counts the padding that decoders add.
         self._context.options = {"max_pixels": str(4 * config.max_video_pixels)}

@@ -1,0 +1,93 @@
+"""The encoded bytes of one medium, in a file that has no name.
+
+Whether they came in a URL, by a fetch or in an upload, they end in a `MediaFile`: in memory, or on
+disk where they are large. Whoever decodes them gets the descriptor. Must not know what the bytes
+mean.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import BinaryIO
+
+
+class MediaFile:
+    """Bytes that will not change any more: at least `num_bytes` long, with their SHA-256 (hex).
+
+    The file is closed with the last reference to it. Reading moves no offset, so one file may be
+    read by several at once.
+    """
+
+    def __init__(self, file: BinaryIO, *, num_bytes: int, digest: str) -> None:
+        """`file` is open for reading, and from now on belongs to this object."""
+        self._file = file
+        self.num_bytes = num_bytes
+        self.digest = digest
+
+    @classmethod
+    def of_bytes(cls, data: bytes) -> MediaFile:
+        writer = MediaFileWriter()
+        writer.write(data)
+        return writer.finish()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def head(self, num_bytes: int) -> bytes:
+        """The first bytes, fewer where there are fewer."""
+        return os.pread(self.fileno(), min(num_bytes, self.num_bytes), 0)
+
+    def read(self, start: int = 0, num_bytes: int | None = None) -> bytes:
+        """All bytes from `start`, or so many of them. OSError where the file has become shorter."""
+        stop = self.num_bytes if num_bytes is None else min(start + num_bytes, self.num_bytes)
+        pieces: list[bytes] = []
+        while start < stop:
+            piece = os.pread(self.fileno(), stop - start, start)
+            if not piece:
+                raise OSError("the file is shorter than it was")
+            pieces.append(piece)
+            start += len(piece)
+        return b"".join(pieces)
+
+
+class MediaFileWriter:
+    """A `MediaFile` while its bytes arrive: in memory, or without a name in a folder.
+
+    May raise OSError where there is no room. A writer that is dropped leaves nothing behind.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """None is memory."""
+        if folder is None:
+            descriptor = os.memfd_create("media", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            self._file: BinaryIO = os.fdopen(descriptor, "r+b", buffering=0)
+        else:
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        self._is_memory = folder is None
+        self._digest = hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Blocks for as long as the disk does, where the file is on one."""
+        rest = memoryview(data)
+        while rest:
+            written = self._file.write(rest)
+            rest = rest[written:]
+        self._digest.update(data)
+        self.num_bytes += len(data)
+
+    def finish(self) -> MediaFile:
+        """The bytes written so far, read-only from here on."""
+        file = self._file
+        if self._is_memory:
+            seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(file.fileno(), fcntl.F_ADD_SEALS, seals)
+        else:
+            # Opened again, so that whoever is given the descriptor cannot write through it.
+            file = open(f"/proc/self/fd/{self._file.fileno()}", "rb", buffering=0)  # noqa: SIM115
+            self._file.close()
+        return MediaFile(file, num_bytes=self.num_bytes, digest=self._digest.hexdigest())
