@@ -28,6 +28,7 @@ from server.core import (
     VisionInput,
     VisionSpec,
 )
+from server.decoding.pool import limits_of
 from server.errors import (
     InvalidPrompt,
     InvalidRequest,
@@ -134,6 +135,7 @@ class Preparer:
         self.tokenizer = tokenizer
         self._template = template
         self._media = media
+        self._limits = limits_of(media)
         self._prompt_pool = ThreadPoolExecutor(1, thread_name_prefix="prompt")
         self._media_pool = ThreadPoolExecutor(media.decode_processes, thread_name_prefix="media")
 
@@ -256,10 +258,11 @@ class Preparer:
         assert spec is not None  # media of text models were refused
         if part.kind == "image":
             detail: Literal["low", "high"] = "low" if part.detail == "low" else "high"
-            return _Medium(*image_tiles(decode_image(data, self._media), spec, detail=detail))
+            picture = decode_image(data, self._limits)
+            return _Medium(*image_tiles(picture.pixels, spec, detail=detail))
         video = decode_video(
             data,
-            self._media,
+            self._limits,
             sample_times=partial(sample_times, spec=spec),
             fit=partial(fit_to_tile, spec=spec),
         )
