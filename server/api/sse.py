@@ -220,6 +220,7 @@ async def until_client_leaves(receive: Receive, work: Coroutine[Any, Any, Result
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
+            leaving.result()  # a body that goes on arriving may turn out to be wrong
             raise ClientGone()
         return working.result()
     finally:
@@ -254,6 +255,7 @@ class EventStream(Response):
         frames: AsyncGenerator[bytes, None],
         *,
         deadline_s: float,
+        receive: Receive | None = None,
         late_headers: Callable[[], Mapping[str, str]] = dict,
         first_event_wait_s: float = FIRST_EVENT_WAIT_S,
         keep_alive_s: float = KEEP_ALIVE_S,
@@ -261,7 +263,8 @@ class EventStream(Response):
     ) -> None:
         """`deadline_s` is a time of the event loop's clock.
 
-        `late_headers` is asked when the headers go out.
+        The client's leaving is noticed by `receive`, or by the request's own. `late_headers` is
+        asked when the headers go out.
         """
         super().__init__(media_type="text/event-stream; charset=utf-8")
         del self.headers["content-length"]
@@ -269,6 +272,7 @@ class EventStream(Response):
         self.headers["x-accel-buffering"] = "no"
         self._frames = frames
         self._deadline_s = deadline_s
+        self._receive = receive
         self._late_headers = late_headers
         self._first_event_wait_s = first_event_wait_s
         self._keep_alive_s = keep_alive_s
@@ -279,12 +283,14 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         pumping = asyncio.ensure_future(self._pump(send))
-        leaving = asyncio.ensure_future(client_leaves(receive))
+        leaving = asyncio.ensure_future(client_leaves(self._receive or receive))
         keeping_alive = asyncio.ensure_future(self._keep_alive(send))
         tasks = (pumping, leaving, keeping_alive)
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in (pumping, keeping_alive):
+            if leaving.done() and leaving.exception() is not None and self._is_started:
+                await pumping  # it meets the same error, and ends the body with it
+            for task in tasks:
                 if task.done():
                     task.result()
             if not pumping.done():

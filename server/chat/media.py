@@ -41,7 +41,7 @@ from server.media.file import MediaFile, MediaFileWriter
 from server.media.formats import sniff_video
 from server.media.inline import frame_list, is_frame_list, read_source, source_form
 from server.media.local import open_local
-from server.media.store import FileStore
+from server.media.store import FileStore, owner_digest
 from server.vision.frames import video_layout
 from server.vision.tiles import image_layout
 
@@ -344,7 +344,7 @@ class Reading:
             case "file_id":
                 if reader.files is None:
                     raise FileNotFound()
-                return await reader.run(partial(reader.files.open, source, self._tenant))
+                return await reader.run(partial(reader.files.open, source, owner_digest(self._tenant)))
             case "attachment":
                 if self._attachments is None:
                     raise InvalidMediaUrl(
