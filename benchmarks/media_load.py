@@ -25,7 +25,7 @@ from PIL import Image
 
 from benchmarks.fairness import Stream, follow
 from benchmarks.pictures import picture
-from benchmarks.servers import free_port, our_command, started
+from benchmarks.servers import free_port, our_command, process_tree, started, tree_pss_bytes
 
 NUM_ANSWERS = 4
 NUM_PICTURE_CLIENTS = 16
@@ -84,21 +84,12 @@ def quantiles_ms(times_s: list[float]) -> dict[str, float]:
 
 def held(process_id: int) -> dict[str, int]:
     """Of the server and all processes below it."""
-    family = [process_id]
-    for each in family:
-        family += map(int, Path(f"/proc/{each}/task/{each}/children").read_text().split())
+    family = process_tree(process_id)
     return {
-        "memory_mb": sum(map(proportional_bytes, family)) >> 20,
+        "memory_mb": tree_pss_bytes(process_id) >> 20,
         "descriptors": sum(len(list(Path(f"/proc/{each}/fd").iterdir())) for each in family),
         "processes": len(family),
     }
-
-
-def proportional_bytes(process_id: int) -> int:
-    for line in Path(f"/proc/{process_id}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("the kernel does not tell")
 
 
 def clip(seed: int) -> bytes:
