@@ -36,8 +36,8 @@ from server.errors import (
     ServerError,
     UnsupportedParameter,
 )
-from server.media.fetch import read_source
 from server.media.image import decode_image
+from server.media.inline import read_source
 from server.media.video import decode_video
 from server.vision.frames import sample_times, video_tiles
 from server.vision.tiles import fit_to_tile, image_tiles
