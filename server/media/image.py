@@ -9,13 +9,20 @@ pixels are for.
 
 import io
 import zlib
-from typing import Final
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, TypeAlias
 
 import numpy as np
 from PIL import Image
 
-from server.config import MediaConfig
 from server.errors import MediaError, MediaTooLarge, UnsupportedMediaType
+from server.media.limits import DecodeLimits
+
+Size: TypeAlias = tuple[int, int]
+"""(width, height) in pixels."""
+NeededSize: TypeAlias = Callable[[Size], Size]
+"""From a picture's upright size to the largest size it will be resized to, in each direction."""
 
 _ORIENTATION_TAG: Final = 0x0112
 _WHITE: Final = (255, 255, 255)
@@ -28,6 +35,12 @@ _UPRIGHT: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_IS_TURNED: Final = (5, 6, 7, 8)  # the orientations that exchange width and height
+# How many times as wide and as high as needed a picture must be after it was decoded at a reduced
+# scale. An antialiased resize by two or more averages over several pixels of its source, and the
+# reduced scale is such an average itself; below two it would interpolate between averages, and the
+# picture would be softer than the model's own preprocessing makes it.
+_LEAST_REDUCED: Final = 2
 _MAX_OPEN_PIXELS: Final = 2 * 89_478_485  # where Pillow's own bomb check begins to raise
 
 
@@ -59,18 +72,31 @@ def sniff_image(data: bytes) -> str | None:
     return None
 
 
-def decode_image(data: bytes, config: MediaConfig) -> Image.Image:
-    """The picture, upright, in mode RGB."""
-    image_format = sniff_image(data)
-    if image_format is None:
-        raise UnsupportedMediaType(
-            "The image is in no accepted format: JPEG, PNG, WebP, GIF or BMP.", kind="image"
-        )
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Upright pixels in mode RGB, and the size that they stand for where they are reduced."""
+
+    pixels: Image.Image
+    size: Size
+
+
+def decode_image(
+    data: bytes, limits: DecodeLimits, *, needed_size: NeededSize | None = None
+) -> Picture:
+    """The picture, upright, in mode RGB.
+
+    A JPEG far larger than `needed_size` says is decoded at a half, a quarter or an eighth of its
+    scale, which costs the less.
+    """
+    image_format = _accepted_format(data)
     if image_format == "JPEG" and not _has_jpeg_end(data):
         raise MediaError("The image is damaged or incomplete.", kind="image")
     try:
         with Image.open(io.BytesIO(data), formats=(image_format,)) as image:
-            _check_size(image.size, config)
+            _check_size(image.size, limits)
+            stored_size = image.size
+            if image_format == "JPEG" and needed_size is not None and limits.jpeg_reduced_scale:
+                _reduce(image, needed_size)
             image.load()
             if image_format == "PNG":
                 if _may_lack_rows(image, data) and not _has_all_png_rows(data, image.size):
@@ -78,13 +104,60 @@ def decode_image(data: bytes, config: MediaConfig) -> Image.Image:
                 _scale_transparent_colour(image, bit_depth=data[24])
             orientation = _orientation(image)
             rgb = to_rgb(image)
-        return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+        upright = rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+        return Picture(upright, _upright_size(stored_size, orientation))
     except MediaError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_many_pixels(config) from error
+        raise _too_many_pixels(limits) from error
     except Exception as error:  # decoders raise nearly anything; the text is not for the caller
         raise MediaError("The image is damaged or incomplete.", kind="image") from error
+
+
+def probe_image(data: bytes, limits: DecodeLimits) -> Size:
+    """The upright size that the header tells, within the same limits; no pixel is decoded.
+
+    Only a PNG with metadata behind its pixels is decoded: its orientation may be there.
+    """
+    image_format = _accepted_format(data)
+    try:
+        with Image.open(io.BytesIO(data), formats=(image_format,)) as image:
+            _check_size(image.size, limits)
+            if image_format == "PNG" and "exif" not in image.info and not _may_be_turned(data):
+                return image.size
+            return _upright_size(image.size, _orientation(image))
+    except MediaError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_many_pixels(limits) from error
+    except Exception as error:
+        raise MediaError("The image is damaged or incomplete.", kind="image") from error
+
+
+def _accepted_format(data: bytes) -> str:
+    image_format = sniff_image(data)
+    if image_format is None:
+        raise UnsupportedMediaType(
+            "The image is in no accepted format: JPEG, PNG, WebP, GIF or BMP.", kind="image"
+        )
+    return image_format
+
+
+def _reduce(image: Image.Image, needed_size: NeededSize) -> None:
+    orientation = _orientation(image)
+    width, height = needed_size(_upright_size(image.size, orientation))
+    if orientation in _IS_TURNED:
+        width, height = height, width
+    image.draft(None, (_LEAST_REDUCED * width, _LEAST_REDUCED * height))
+
+
+def _upright_size(size: Size, orientation: int) -> Size:
+    return (size[1], size[0]) if orientation in _IS_TURNED else size
+
+
+def _may_be_turned(data: bytes) -> bool:
+    """Whether a PNG holds metadata that Pillow reads an orientation from."""
+    return any(name in data for name in (b"eXIf", b"Raw profile type exif", b"com.adobe.xmp"))
 
 
 def _has_jpeg_end(data: bytes) -> bool:
@@ -174,28 +247,28 @@ def _grey_to_rgb(image: Image.Image, transparent: object) -> Image.Image:
     return Image.fromarray(grey).convert("RGB")
 
 
-def _check_size(size: tuple[int, int], config: MediaConfig) -> None:
+def _check_size(size: tuple[int, int], limits: DecodeLimits) -> None:
     """Refuse by the header, before any pixel is decoded."""
     width, height = size
     if width < 1 or height < 1:
         raise MediaError("The image has no pixels.", kind="image")
-    if width * height > config.max_image_pixels:
-        raise _too_many_pixels(config)
-    if max(size) > config.max_image_side:
+    if width * height > limits.max_image_pixels:
+        raise _too_many_pixels(limits)
+    if max(size) > limits.max_image_side:
         raise MediaTooLarge(
-            f"The image is {width} x {height} pixels; a side may have {config.max_image_side}.",
+            f"The image is {width} x {height} pixels; a side may have {limits.max_image_side}.",
             kind="image",
         )
-    if max(size) > config.max_image_aspect * min(size):
+    if max(size) > limits.max_image_aspect * min(size):
         raise MediaTooLarge(
             f"The image is {width} x {height} pixels; its longer side may be at most "
-            f"{config.max_image_aspect:g} times its shorter.",
+            f"{limits.max_image_aspect:g} times its shorter.",
             kind="image",
         )
 
 
-def _too_many_pixels(config: MediaConfig) -> MediaTooLarge:
-    limit = min(config.max_image_pixels, _MAX_OPEN_PIXELS)
+def _too_many_pixels(limits: DecodeLimits) -> MediaTooLarge:
+    limit = min(limits.max_image_pixels, _MAX_OPEN_PIXELS)
     return MediaTooLarge(f"The image has more than {limit} pixels.", kind="image")
 
 

@@ -1,8 +1,9 @@
 """From the bytes of a video to the few upright RGB frames that are looked at, and their times.
 
-The only file that meets FFmpeg (through PyAV). Pure functions of (bytes, settings) and of two
-callables that know what the frames are for: `sample_times` names the moments wanted, and `fit`
-makes a decoded frame small at once, so that full-size frames are never held.
+A video is a file, or a list of pictures. The only file that meets FFmpeg (through PyAV). Pure
+functions of (bytes, settings) and of two callables that know what the frames are for:
+`sample_times` names the moments wanted, and `fit` makes a decoded frame small at once, so that
+full-size frames are never held.
 
 All packets are read first, without decoding them. Their timestamps say which frame belongs to
 which moment, and their keyframe flags from where each can be decoded, so that only those stretches
@@ -16,25 +17,32 @@ import io
 import math
 import struct
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, TypeVar
 
 import av
+import numpy as np
+import numpy.typing as npt
 from av.sidedata.sidedata import SideData
 from av.stream import Discard, Disposition
 from PIL import Image
 
-from server.config import MediaConfig
-from server.errors import MediaError, MediaTooLarge, UnsupportedMediaType
+from server.errors import MediaError, MediaTooLarge, ServerError, UnsupportedMediaType
+from server.media.image import decode_image, probe_image
+from server.media.limits import DecodeLimits
 
 SampleTimes: TypeAlias = Callable[[float], Sequence[float]]
 """From a duration to the wanted moments in seconds after the first frame, ascending."""
+Window: TypeAlias = Callable[[float], tuple[float, float]]
+"""From a duration to the first and the last moment that are of interest, in seconds."""
 Fit: TypeAlias = Callable[[Image.Image], Image.Image]
 """From a full-size RGB frame to what is kept of it."""
 _Packet: TypeAlias = "av.Packet[av.VideoStream]"
+_T = TypeVar("_T")
 
 _STILL_BRANDS: Final = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"avif", b"crx ")
 _MOV_ATOMS: Final = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp")
@@ -57,6 +65,20 @@ class DecodedVideo:
     frames: tuple[Image.Image, ...]
     times_s: tuple[float, ...]
     duration_s: float
+    size: tuple[int, int]  # (width, height) of the first chosen frame before it was fitted
+
+
+@dataclass(frozen=True, slots=True)
+class ProbedVideo:
+    """What is known of a video without decoding it.
+
+    `size` is the (width, height) of the stored frames, which a turned video shows turned.
+    `num_frames` is how many different frames are shown in the window that was asked about.
+    """
+
+    size: tuple[int, int]
+    duration_s: float
+    num_frames: int
 
 
 def sniff_video(data: bytes) -> str | None:
@@ -73,15 +95,92 @@ def sniff_video(data: bytes) -> str | None:
 
 
 def decode_video(
-    data: bytes, config: MediaConfig, *, sample_times: SampleTimes, fit: Fit
+    data: bytes, limits: DecodeLimits, *, sample_times: SampleTimes, fit: Fit
 ) -> DecodedVideo:
     """For each wanted moment the nearest frame at or before it, no frame twice."""
+    deadline = time.monotonic() + limits.video_decode_timeout_s
+    with _opened(data, limits, deadline) as (stream, packets, container_format):
+        return _decode(
+            _Decoder(stream, packets, limits, deadline),
+            limits,
+            is_avi=container_format == "avi",
+            sample_times=sample_times,
+            fit=fit,
+        )
+
+
+def probe_video(data: bytes, limits: DecodeLimits, *, window: Window) -> ProbedVideo:
+    """Size, duration and number of frames by the packets' times, without decoding any."""
+    deadline = time.monotonic() + limits.video_decode_timeout_s
+    with _opened(data, limits, deadline) as (stream, packets, _):
+        size = stream.codec_context.width, stream.codec_context.height
+        shown = _shown_packets(packets)
+        if shown is None:  # the times tell nothing: the header's duration, and every packet counts
+            duration = (stream.duration or 0) * Fraction(stream.time_base or 0)
+            window(float(duration))
+            return ProbedVideo(size, float(duration), len(packets))
+        timeline = _timeline_of(packets, shown, Fraction(stream.time_base or 0))
+        _check_duration(timeline.duration_s, limits)
+        duration_s = float(timeline.duration_s)
+        times_s = timeline.seconds(timeline.ticks)
+        return ProbedVideo(size, duration_s, num_shown(times_s, window(duration_s)))
+
+
+def decode_frame_list(
+    frames: Sequence[bytes],
+    limits: DecodeLimits,
+    *,
+    fps: float,
+    sample_times: SampleTimes,
+    fit: Fit,
+) -> DecodedVideo:
+    """The same of a video that came as a list of pictures, so many for each second.
+
+    Only those that are chosen are decoded. One that cannot be is refused: here nothing was lost on
+    the way, as it is in a damaged file.
+    """
+    duration = _check_frame_list(frames, limits, fps)
+    times_s = [index / fps for index in range(len(frames))]
+    chosen = choose_frames(times_s, sample_times(float(duration)))
+    if len(chosen) > limits.max_video_frames_decoded:
+        raise _too_many_decoded(limits)
+    deadline = time.monotonic() + limits.video_decode_timeout_s
+    kept = _Kept(fit)
+    for index in chosen:
+        _check_deadline(deadline, limits)
+        kept.add(_listed_frame(index, frames[index], limits), times_s[index])
+    return kept.video(duration)
+
+
+def probe_frame_list(
+    frames: Sequence[bytes], limits: DecodeLimits, *, fps: float, window: Window
+) -> ProbedVideo:
+    """Size, duration and number of frames of a list; of the first picture the header is read."""
+    duration_s = float(_check_frame_list(frames, limits, fps))
+    size = _of_frame(0, lambda: probe_image(frames[0], _limits_of_frame(limits)))
+    times_s = [index / fps for index in range(len(frames))]
+    return ProbedVideo(size, duration_s, num_shown(times_s, window(duration_s)))
+
+
+def num_shown(times_s: Sequence[float], window_s: tuple[float, float]) -> int:
+    """How many of the frames at those times (ascending) are shown between two moments."""
+    first = max(0, bisect_right(times_s, window_s[0] + _SAME_MOMENT_S) - 1)
+    return max(1, bisect_left(times_s, window_s[1] - _SAME_MOMENT_S) - first)
+
+
+@contextmanager
+def _opened(
+    data: bytes, limits: DecodeLimits, deadline: float
+) -> Iterator[tuple[av.VideoStream, list[_Packet], str]]:
+    """The video stream of a file, its packets, and the file's container.
+
+    Whatever goes wrong until it is closed again is told as damage, unless we said it ourselves.
+    """
     container_format = sniff_video(data)
     if container_format is None:  # decided before FFmpeg sees a byte
         raise UnsupportedMediaType(
             "The video is in no accepted container: MP4, MOV, MKV, WebM, AVI or GIF.", kind="video"
         )
-    deadline = time.monotonic() + config.video_decode_timeout_s
     try:
         with av.open(
             io.BytesIO(data),
@@ -89,23 +188,44 @@ def decode_video(
             format=container_format,
             options=_INPUT_OPTIONS,
             metadata_errors="replace",
-            timeout=config.video_decode_timeout_s,
+            timeout=limits.video_decode_timeout_s,
         ) as container:
             stream = _video_stream(container)
-            _check_header(container, stream, config)
-            packets = _read_packets(container, stream, config, deadline)
-            return _decode(
-                _Decoder(stream, packets, config, deadline),
-                config,
-                is_avi=container_format == "avi",
-                sample_times=sample_times,
-                fit=fit,
-            )
-    except MediaError:
+            _check_header(container, stream, limits)
+            yield stream, _read_packets(container, stream, limits, deadline), container_format
+    except ServerError:
         raise
     except Exception as error:  # decoders raise nearly anything; the text is not for the caller
-        _check_deadline(deadline, config)  # FFmpeg's own time-out reads like damage
+        _check_deadline(deadline, limits)  # FFmpeg's own time-out reads like damage
         raise MediaError("The video is damaged or incomplete.", kind="video") from error
+
+
+def _check_frame_list(frames: Sequence[bytes], limits: DecodeLimits, fps: float) -> Fraction:
+    """The duration in seconds of a list that is within the limits."""
+    if not frames:
+        raise MediaError("The video has no frames.", kind="video")
+    if len(frames) > limits.max_video_packets:
+        raise _too_many_packets(limits)
+    duration = len(frames) / Fraction(fps)
+    _check_duration(duration, limits)
+    return duration
+
+
+def _listed_frame(index: int, data: bytes, limits: DecodeLimits) -> Image.Image:
+    return _of_frame(index, lambda: decode_image(data, _limits_of_frame(limits)).pixels)
+
+
+def _limits_of_frame(limits: DecodeLimits) -> DecodeLimits:
+    return replace(limits, max_image_pixels=min(limits.max_image_pixels, limits.max_video_pixels))
+
+
+def _of_frame(index: int, read: Callable[[], _T]) -> _T:
+    """What is wrong with a picture of a list is wrong with the video."""
+    try:
+        return read()
+    except MediaError as error:
+        message = f"Frame {index + 1} of the video: {error.message}"
+        raise type(error)(message, kind="video") from error
 
 
 def choose_frames(times_s: Sequence[float], wanted_s: Sequence[float]) -> list[int]:
@@ -138,38 +258,38 @@ def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
 
 
 def _check_header(
-    container: av.container.InputContainer, stream: av.VideoStream, config: MediaConfig
+    container: av.container.InputContainer, stream: av.VideoStream, limits: DecodeLimits
 ) -> None:
     """Refuse by what the header says, before anything is decoded. It need not be the truth."""
-    _check_frame_size(stream.codec_context.width, stream.codec_context.height, config)
+    _check_frame_size(stream.codec_context.width, stream.codec_context.height, limits)
     if stream.duration is not None and stream.time_base is not None:
-        _check_duration(stream.duration * stream.time_base, config)
+        _check_duration(stream.duration * stream.time_base, limits)
     elif container.duration is not None:
-        _check_duration(Fraction(container.duration, av.time_base), config)
+        _check_duration(Fraction(container.duration, av.time_base), limits)
 
 
-def _check_frame_size(width: int, height: int, config: MediaConfig) -> None:
-    if width * height > config.max_video_pixels:
+def _check_frame_size(width: int, height: int, limits: DecodeLimits) -> None:
+    if width * height > limits.max_video_pixels:
         raise MediaTooLarge(
             f"The video's frames are {width} x {height} pixels; the limit is "
-            f"{config.max_video_pixels} pixels.",
+            f"{limits.max_video_pixels} pixels.",
             kind="video",
         )
 
 
-def _check_duration(duration_s: Fraction, config: MediaConfig) -> None:
-    if duration_s > config.max_video_duration_s:
+def _check_duration(duration_s: Fraction, limits: DecodeLimits) -> None:
+    if duration_s > limits.max_video_duration_s:
         raise MediaTooLarge(
             f"The video lasts {float(duration_s):.1f} s; the limit is "
-            f"{config.max_video_duration_s:g} s.",
+            f"{limits.max_video_duration_s:g} s.",
             kind="video",
         )
 
 
-def _check_deadline(deadline: float, config: MediaConfig) -> None:
+def _check_deadline(deadline: float, limits: DecodeLimits) -> None:
     if time.monotonic() > deadline:
         raise MediaTooLarge(
-            f"The video takes longer to decode than {config.video_decode_timeout_s:g} s.",
+            f"The video takes longer to decode than {limits.video_decode_timeout_s:g} s.",
             kind="video",
         )
 
@@ -177,7 +297,7 @@ def _check_deadline(deadline: float, config: MediaConfig) -> None:
 def _read_packets(
     container: av.container.InputContainer,
     stream: av.VideoStream,
-    config: MediaConfig,
+    limits: DecodeLimits,
     deadline: float,
 ) -> list[_Packet]:
     """The stream's packets in decoding order, as far as the file can be read."""
@@ -191,18 +311,30 @@ def _read_packets(
             packet = next(demuxed)
         except (StopIteration, av.FFmpegError):  # a truncated file is served as far as it goes
             break
-        _check_deadline(deadline, config)
+        _check_deadline(deadline, limits)
         # an empty packet would end the decoding; a cut one would give half a frame
         if packet.size == 0 or packet.is_corrupt:
             continue
-        if len(packets) == config.max_video_packets:
-            raise MediaTooLarge(
-                f"The video has more than {config.max_video_packets} packets.", kind="video"
-            )
+        if len(packets) == limits.max_video_packets:
+            raise _too_many_packets(limits)
         packets.append(packet)
     if not packets:
         raise MediaError("The video has no frames.", kind="video")
     return packets
+
+
+def _too_many_packets(limits: DecodeLimits) -> MediaTooLarge:
+    return MediaTooLarge(
+        f"The video has more than {limits.max_video_packets} packets.", kind="video"
+    )
+
+
+def _too_many_decoded(limits: DecodeLimits) -> MediaTooLarge:
+    return MediaTooLarge(
+        "More frames of the video would have to be decoded than the limit of "
+        f"{limits.max_video_frames_decoded}.",
+        kind="video",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +375,14 @@ def _shown_packets(packets: list[_Packet]) -> list[int] | None:
     return [times[tick] for tick in sorted(times)] or None
 
 
+def _timeline_of(packets: list[_Packet], shown: list[int], time_base: Fraction) -> _Timeline:
+    return _Timeline(
+        ticks=tuple(packets[index].pts or 0 for index in shown),
+        last_duration=packets[shown[-1]].duration or 0,
+        time_base=time_base,
+    )
+
+
 def _stretches(packets: list[_Packet], wanted: Sequence[int]) -> list[range]:
     """The least of the packets that decodes the wanted ones, each stretch from a keyframe on.
 
@@ -281,28 +421,24 @@ class _Decoder:
         self,
         stream: av.VideoStream,
         packets: list[_Packet],
-        config: MediaConfig,
+        limits: DecodeLimits,
         deadline: float,
     ) -> None:
         self.packets = packets
         self.time_base = Fraction(stream.time_base or 0)
         self.num_damaged = 0
-        self._config = config
+        self._limits = limits
         self._deadline = deadline
         self._context = stream.codec_context
         self._context.thread_count = 1
         # Sizes are checked frame by frame; this stops FFmpeg from making a monstrous one first.
         # Four times the limit, because it counts the padding that decoders add.
-        self._context.options = {"max_pixels": str(4 * config.max_video_pixels)}
+        self._context.options = {"max_pixels": str(4 * limits.max_video_pixels)}
 
     def frames(self, stretches: Sequence[range]) -> Iterator[av.VideoFrame]:
         """The frames of those packets in the order they are shown; undecodable ones are missing."""
-        if sum(map(len, stretches)) > self._config.max_video_frames_decoded:
-            raise MediaTooLarge(
-                "More frames of the video would have to be decoded than the limit of "
-                f"{self._config.max_video_frames_decoded}.",
-                kind="video",
-            )
+        if sum(map(len, stretches)) > self._limits.max_video_frames_decoded:
+            raise _too_many_decoded(self._limits)
         for stretch in stretches:
             self._context.flush_buffers()
             for index in stretch:
@@ -310,14 +446,14 @@ class _Decoder:
             yield from self._decoded(None)
 
     def _decoded(self, packet: _Packet | None) -> list[av.VideoFrame]:
-        _check_deadline(self._deadline, self._config)
+        _check_deadline(self._deadline, self._limits)
         try:
             frames = self._context.decode(packet)
         except av.FFmpegError:
             self.num_damaged += 1
             return []
         for frame in frames:
-            _check_frame_size(frame.width, frame.height, self._config)
+            _check_frame_size(frame.width, frame.height, self._limits)
             self.num_damaged += frame.is_corrupt
         return frames
 
@@ -331,8 +467,8 @@ class _Kept:
         self._frames: list[Image.Image] = []
         self._times_s: list[float] = []
 
-    def add(self, frame: av.VideoFrame, time_s: float) -> None:
-        picture = _upright_rgb(frame)
+    def add(self, picture: Image.Image, time_s: float) -> None:
+        """`picture` is upright RGB of any size."""
         if self._size is None:
             self._size = picture.size
         elif picture.size != self._size:  # the size may change in mid-stream
@@ -341,12 +477,16 @@ class _Kept:
         self._times_s.append(time_s)
 
     def video(self, duration_s: Fraction) -> DecodedVideo:
-        return DecodedVideo(tuple(self._frames), tuple(self._times_s), float(duration_s))
+        if self._size is None:
+            raise MediaError("No frame of the video can be decoded.", kind="video")
+        return DecodedVideo(
+            tuple(self._frames), tuple(self._times_s), float(duration_s), self._size
+        )
 
 
 def _decode(
     decoder: _Decoder,
-    config: MediaConfig,
+    limits: DecodeLimits,
     *,
     is_avi: bool,
     sample_times: SampleTimes,
@@ -355,13 +495,9 @@ def _decode(
     """Decode what the packets' times call for; everything, where they cannot be relied on."""
     shown = _shown_packets(decoder.packets)
     if shown is None:
-        return _decode_everything(decoder, None, config, sample_times=sample_times, fit=fit)
-    timeline = _Timeline(
-        ticks=tuple(decoder.packets[index].pts or 0 for index in shown),
-        last_duration=decoder.packets[shown[-1]].duration or 0,
-        time_base=decoder.time_base,
-    )
-    _check_duration(timeline.duration_s, config)
+        return _decode_everything(decoder, None, limits, sample_times=sample_times, fit=fit)
+    timeline = _timeline_of(decoder.packets, shown, decoder.time_base)
+    _check_duration(timeline.duration_s, limits)
     times_s = timeline.seconds(timeline.ticks)
     chosen = choose_frames(times_s, sample_times(float(timeline.duration_s)))
     kept = _Kept(fit)
@@ -372,7 +508,7 @@ def _decode(
         wanted = {index: times_s[index] for index in chosen}
         for num_decoded, frame in enumerate(decoder.frames([range(len(decoder.packets))]), 1):
             if num_decoded - 1 in wanted:
-                kept.add(frame, wanted.pop(num_decoded - 1))
+                kept.add(_upright_rgb(frame), wanted.pop(num_decoded - 1))
         is_as_planned = num_decoded == len(decoder.packets)
     else:
         wanted = {timeline.ticks[index]: times_s[index] for index in chosen}
@@ -389,17 +525,17 @@ def _decode(
             if frame.key_frame:
                 entries.discard(frame.pts)
             if frame.pts in wanted:
-                kept.add(frame, wanted.pop(frame.pts))
+                kept.add(_upright_rgb(frame), wanted.pop(frame.pts))
         is_as_planned = is_in_order and not wanted and not entries
     if is_as_planned and not decoder.num_damaged:
         return kept.video(timeline.duration_s)
-    return _decode_everything(decoder, timeline, config, sample_times=sample_times, fit=fit)
+    return _decode_everything(decoder, timeline, limits, sample_times=sample_times, fit=fit)
 
 
 def _decode_everything(
     decoder: _Decoder,
     timeline: _Timeline | None,
-    config: MediaConfig,
+    limits: DecodeLimits,
     *,
     sample_times: SampleTimes,
     fit: Fit,
@@ -417,14 +553,14 @@ def _decode_everything(
     ticks.sort()  # shown in this order, whatever the file says
     if timeline is None:
         timeline = _Timeline(tuple(ticks), last_duration, decoder.time_base)
-        _check_duration(timeline.duration_s, config)
+        _check_duration(timeline.duration_s, limits)
     times_s = timeline.seconds(ticks)
     chosen = choose_frames(times_s, sample_times(float(timeline.duration_s)))
     wanted = {index: times_s[index] for index in chosen}
     kept = _Kept(fit)
     for index, frame in enumerate(decoder.frames(everything)):
         if index in wanted:
-            kept.add(frame, wanted.pop(index))
+            kept.add(_upright_rgb(frame), wanted.pop(index))
         if not wanted:
             break
     return kept.video(timeline.duration_s)
@@ -433,11 +569,11 @@ def _decode_everything(
 def _upright_rgb(frame: av.VideoFrame) -> Image.Image:
     """8-bit RGB: alpha on white, turned by the display matrix; pixels count as square."""
     if any(component.is_alpha for component in frame.format.components):
-        pixels = Image.fromarray(frame.to_ndarray(format="rgba"))
+        pixels = Image.fromarray(_converted(frame, "rgba"))
         picture = Image.new("RGB", pixels.size, (255, 255, 255))
         picture.paste(pixels, mask=pixels.getchannel("A"))
     else:
-        picture = Image.fromarray(frame.to_ndarray(format="rgb24"))
+        picture = Image.fromarray(_converted(frame, "rgb24"))
     side_data: Mapping[str, object] = frame.side_data  # its type names one key only
     matrix = side_data.get("DISPLAYMATRIX")
     if not isinstance(matrix, SideData):
@@ -452,3 +588,8 @@ def _upright_rgb(frame: av.VideoFrame) -> Image.Image:
     if (b if is_transposed else d) < 0:
         picture = picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
     return picture
+
+
+def _converted(frame: av.VideoFrame, pixel_format: str) -> npt.NDArray[np.uint8]:
+    # The number of threads is by default that of the machine; where it decodes none may be started.
+    return frame.reformat(format=pixel_format, threads=1).to_ndarray().astype(np.uint8, copy=False)

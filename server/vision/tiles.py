@@ -7,7 +7,7 @@ on. Pure functions of (picture, VisionSpec); nothing here knows where a picture 
 
 import hashlib
 import math
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -15,36 +15,79 @@ from PIL import Image
 from server.core import MediaKind, Tiles, VisionInput, VisionLayout, VisionSpec
 
 Detail = Literal["low", "high"]
+Size: TypeAlias = tuple[int, int]
+"""(width, height) in pixels."""
 
 
 def image_tiles(
-    image: Image.Image, spec: VisionSpec, *, detail: Detail = "high"
+    image: Image.Image,
+    spec: VisionSpec,
+    *,
+    detail: Detail = "high",
+    max_grids: int | None = None,
+    size: Size | None = None,
 ) -> tuple[VisionInput, Tiles]:
     """Cut an upright RGB picture into its thumbnail and the tiles of its best canvas.
 
-    `detail="low"` keeps the thumbnail alone.
+    `detail="low"` keeps the thumbnail alone; `max_grids` bounds the tiles beside it. `size` is the
+    picture's true (width, height) where `image` is a reduced copy: all but the pixels follows it.
     """
-    thumbnail = np.asarray(fit_to_tile(image, spec))[None]
-    if detail == "low" or not spec.candidate_resolutions:
-        layout = VisionLayout(tile_queries=(spec.image_queries,), newline=spec.unpad)
-        return vision_input("image", layout, thumbnail, spec), thumbnail
-
-    canvas_height, canvas_width = select_best_resolution(image.size, spec.candidate_resolutions)
-    canvas = _letterbox(image, _resized_to_fill(image.size, canvas_height, canvas_width), spec)
-    tile_rows, tile_columns = canvas_height // spec.tile_size, canvas_width // spec.tile_size
-    tiles = np.concatenate([thumbnail, _cut(canvas, tile_rows, tile_columns, spec.tile_size)])
-    layout = VisionLayout(
-        tile_queries=(spec.image_queries,) * len(tiles),
-        local_grid=(tile_rows, tile_columns),
-        kept=kept_features(image.size, tile_rows, tile_columns, spec),
-        newline=spec.unpad,
-    )
+    size = image.size if size is None else size
+    layout = image_layout(size, spec, detail=detail, max_grids=max_grids)
+    tiles = np.asarray(fit_to_tile(image, spec, size=size))[None]
+    if layout.local_grid is not None:
+        canvas = _letterbox(image, _filled_canvas(size, layout.local_grid, spec), spec)
+        tiles = np.concatenate([tiles, _cut(canvas, *layout.local_grid, spec.tile_size)])
     return vision_input("image", layout, tiles, spec), tiles
 
 
-def select_best_resolution(
-    size: tuple[int, int], candidates: tuple[tuple[int, int], ...]
-) -> tuple[int, int]:
+def image_layout(
+    size: Size, spec: VisionSpec, *, detail: Detail = "high", max_grids: int | None = None
+) -> VisionLayout:
+    """What an upright picture of that (width, height) becomes; known before it is decoded."""
+    candidates = _candidates(spec, max_grids)
+    if detail == "low" or not candidates:
+        return VisionLayout(tile_queries=(spec.image_queries,), newline=spec.unpad)
+    canvas_height, canvas_width = select_best_resolution(size, candidates)
+    tile_rows, tile_columns = canvas_height // spec.tile_size, canvas_width // spec.tile_size
+    return VisionLayout(
+        tile_queries=(spec.image_queries,) * (1 + tile_rows * tile_columns),
+        local_grid=(tile_rows, tile_columns),
+        kept=kept_features(size, tile_rows, tile_columns, spec),
+        newline=spec.unpad,
+    )
+
+
+def largest_resize(
+    size: Size, spec: VisionSpec, *, detail: Detail = "high", max_grids: int | None = None
+) -> Size:
+    """The largest (width, height) in each direction that `image_tiles` resizes a picture to."""
+    width, height, _, _ = _fitted_tile(size, spec)
+    layout = image_layout(size, spec, detail=detail, max_grids=max_grids)
+    if layout.local_grid is not None:
+        local_width, local_height, _, _ = _filled_canvas(size, layout.local_grid, spec)
+        width, height = max(width, local_width), max(height, local_height)
+    return width, height
+
+
+def max_tiles(spec: VisionSpec, *, detail: Detail = "high", max_grids: int | None = None) -> int:
+    """The most tiles that any picture becomes, its thumbnail included."""
+    if detail == "low":
+        return 1
+    return 1 + max((_num_grids(c, spec) for c in _candidates(spec, max_grids)), default=0)
+
+
+def _candidates(spec: VisionSpec, max_grids: int | None) -> tuple[tuple[int, int], ...]:
+    if max_grids is None:
+        return spec.candidate_resolutions
+    return tuple(c for c in spec.candidate_resolutions if _num_grids(c, spec) <= max_grids)
+
+
+def _num_grids(resolution: tuple[int, int], spec: VisionSpec) -> int:
+    return (resolution[0] // spec.tile_size) * (resolution[1] // spec.tile_size)
+
+
+def select_best_resolution(size: Size, candidates: tuple[tuple[int, int], ...]) -> tuple[int, int]:
     """The (height, width) that keeps most of a (width, height) picture and wastes least.
 
     Candidates are tried in order and the first wins a tie, as in the official code.
@@ -61,7 +104,7 @@ def select_best_resolution(
 
 
 def kept_features(
-    size: tuple[int, int], tile_rows: int, tile_columns: int, spec: VisionSpec
+    size: Size, tile_rows: int, tile_columns: int, spec: VisionSpec
 ) -> tuple[int, int, int, int]:
     """The (top, left, rows, columns) of the local feature map that shows picture, not padding.
 
@@ -79,17 +122,13 @@ def kept_features(
     return 0, left, rows, columns - 2 * left
 
 
-def fit_to_tile(image: Image.Image, spec: VisionSpec) -> Image.Image:
-    """The whole picture in one tile: letterboxed on the pad colour, or squashed if configured."""
-    side = spec.tile_size
-    width, height = image.size
-    if not spec.pad_to_square:
-        return image.resize((side, side), _resample(spec))
-    if width > height:
-        size = side, math.ceil(height / width * side)
-    else:
-        size = math.ceil(width / height * side), side
-    return Image.fromarray(_letterbox(image, (*size, side, side), spec))
+def fit_to_tile(image: Image.Image, spec: VisionSpec, *, size: Size | None = None) -> Image.Image:
+    """The whole picture in one tile: letterboxed on the pad colour, or squashed if configured.
+
+    `size` is the picture's true size where `image` is a reduced copy.
+    """
+    sizes = _fitted_tile(image.size if size is None else size, spec)
+    return Image.fromarray(_letterbox(image, sizes, spec))
 
 
 def vision_input(
@@ -104,11 +143,23 @@ def vision_input(
     return VisionInput(kind=kind, layout=layout, digest=digest.hexdigest())
 
 
-def _resized_to_fill(
-    size: tuple[int, int], canvas_height: int, canvas_width: int
+def _fitted_tile(size: Size, spec: VisionSpec) -> tuple[int, int, int, int]:
+    """(new width, new height, tile width, tile height) of the whole picture in one tile."""
+    side = spec.tile_size
+    width, height = size
+    if not spec.pad_to_square:
+        return side, side, side, side
+    if width > height:
+        return side, math.ceil(height / width * side), side, side
+    return math.ceil(width / height * side), side, side, side
+
+
+def _filled_canvas(
+    size: Size, grid: tuple[int, int], spec: VisionSpec
 ) -> tuple[int, int, int, int]:
     """(new width, new height, canvas width, canvas height) of the largest fit into the canvas."""
     width, height = size
+    canvas_height, canvas_width = grid[0] * spec.tile_size, grid[1] * spec.tile_size
     scale_width, scale_height = canvas_width / width, canvas_height / height
     if scale_width < scale_height:
         new_height = min(math.ceil(height * scale_width), canvas_height)

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from server.config import MediaConfig
 from server.errors import MediaError, MediaTooLarge, UnsupportedMediaType
 from server.media.image import decode_image, sniff_image, to_rgb
+from tests.limits import limits
 
-CONFIG = MediaConfig()
+CONFIG = limits()
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP"]
 GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6  # colour types of PNG
 
@@ -55,7 +55,7 @@ def png(
 
 def decoded(data: bytes) -> list[tuple[int, int, int]]:
     """The pixels, row by row."""
-    image = decode_image(data, CONFIG)
+    image = decode_image(data, CONFIG).pixels
     assert image.mode == "RGB"
     return [tuple(pixel) for pixel in np.asarray(image).reshape(-1, 3).tolist()]
 
@@ -75,7 +75,7 @@ def test_a_plain_picture_of_each_format(image_format: str) -> None:
     options = {"quality": 100, "subsampling": 0} if image_format == "JPEG" else {}
     if image_format == "WEBP":
         options = {"lossless": True}
-    image = decode_image(saved(picture, image_format, **options), CONFIG)
+    image = decode_image(saved(picture, image_format, **options), CONFIG).pixels
     assert (image.mode, image.size) == ("RGB", (20, 10))
     difference = np.abs(np.asarray(image).astype(int) - np.asarray(picture))
     assert difference.max() <= (3 if image_format == "JPEG" else 0)
@@ -214,7 +214,7 @@ def test_exif_orientation(orientation: int, image_format: str) -> None:
     options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(
         image_format, {}
     )
-    image = decode_image(saved(turned, image_format, exif=exif, **options), CONFIG)
+    image = decode_image(saved(turned, image_format, exif=exif, **options), CONFIG).pixels
     assert image.size == upright.size
     assert np.abs(np.asarray(image).astype(int) - np.asarray(upright)).max() < 20
 
@@ -227,7 +227,7 @@ def _with_exif(image: Image.Image, exif: Image.Exif) -> Image.Image:
 def test_an_unknown_orientation_changes_nothing(value: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = value
-    image = decode_image(saved(Image.new("RGB", (4, 2)), "JPEG", exif=exif), CONFIG)
+    image = decode_image(saved(Image.new("RGB", (4, 2)), "JPEG", exif=exif), CONFIG).pixels
     assert image.size == (4, 2)
 
 
@@ -262,7 +262,7 @@ def test_a_jpeg_with_a_second_picture_in_it() -> None:
     """Phones store a depth or gain map behind the picture (MPO)."""
     first, second = Image.new("RGB", (16, 8), (250, 0, 0)), Image.new("RGB", (4, 4), (0, 0, 250))
     data = saved(first, "MPO", save_all=True, append_images=[second])
-    image = decode_image(data, CONFIG)
+    image = decode_image(data, CONFIG).pixels
     assert image.size == (16, 8)
     assert np.abs(np.asarray(image).astype(int) - np.asarray(first)).max() < 10
 
@@ -391,7 +391,7 @@ def test_a_damaged_picture_gives_pixels_or_a_media_error(
     for place, value in changes:
         data[int(place * (len(data) - 1))] = value
     try:
-        image = decode_image(bytes(data), CONFIG)
+        image = decode_image(bytes(data), CONFIG).pixels
     except MediaError as error:
         assert error.status == 400 and "0x" not in error.message
         return
@@ -437,7 +437,7 @@ def test_too_large_by_the_header(size: tuple[int, int], said: str) -> None:
 
 
 def test_sizes_at_the_limits() -> None:
-    config = MediaConfig(max_image_pixels=200, max_image_side=50, max_image_aspect=12.5)
+    config = limits(max_image_pixels=200, max_image_side=50, max_image_aspect=12.5)
     for size in ((20, 10), (40, 5), (50, 4), (5, 40), (20, 2), (1, 12)):
         assert decode_image(png(size, [bytes(3 * size[0])] * size[1]), config).size == size
     for size in ((21, 10), (51, 3), (26, 2), (1, 13)):

@@ -20,8 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from server.config import MediaConfig
 from server.errors import MediaError, MediaTooLarge, UnsupportedMediaType
+from server.media.limits import DecodeLimits
 from server.media.video import DecodedVideo, choose_frames, decode_video, sniff_video
 from tests.clips import (
     SIZE,
@@ -35,8 +35,9 @@ from tests.clips import (
     without_frames,
     without_video,
 )
+from tests.limits import limits
 
-CONFIG = MediaConfig()
+CONFIG = limits()
 FRAGMENTED = {"movflags": "frag_keyframe+empty_moov"}
 MILLISECONDS = Fraction(1, 1000)
 
@@ -46,7 +47,7 @@ def every_400_ms(duration_s: float) -> list[float]:
     return [(index + 0.5) * duration_s / num_frames for index in range(num_frames)]
 
 
-def decoded(data: bytes, *, config: MediaConfig = CONFIG) -> DecodedVideo:
+def decoded(data: bytes, *, config: DecodeLimits = CONFIG) -> DecodedVideo:
     return decode_video(data, config, sample_times=every_400_ms, fit=lambda frame: frame)
 
 
@@ -349,7 +350,7 @@ def test_seeking_changes_nothing(name: str) -> None:
 
 def test_only_what_is_needed_is_decoded() -> None:
     """Seen from outside: a limit on decoded frames that only seeking keeps to."""
-    config = MediaConfig(max_video_frames_decoded=30)
+    config = limits(max_video_frames_decoded=30)
     for name in ("short groups", "B-frames", "B-frames in MKV"):
         video = decoded_at(SEEKING[name](), [1.05, 3.0, 5.95], config)
         assert numbers(video) == [10, 30, 59]
@@ -359,7 +360,7 @@ def test_only_what_is_needed_is_decoded() -> None:
         decoded_at(one_group, [3.0], config)
 
 
-def decoded_at(data: bytes, moments: list[float], config: MediaConfig = CONFIG) -> DecodedVideo:
+def decoded_at(data: bytes, moments: list[float], config: DecodeLimits = CONFIG) -> DecodedVideo:
     return decode_video(data, config, sample_times=lambda _: moments, fit=lambda frame: frame)
 
 
@@ -567,7 +568,7 @@ def test_still_pictures_are_not_videos(brand: bytes) -> None:
 
 def test_limits() -> None:
     data = clip(20)  # 48 x 32 pixels, 10 s, 20 packets
-    within = MediaConfig(
+    within = limits(
         max_video_pixels=48 * 32,
         max_video_duration_s=10.0,
         max_video_packets=20,
@@ -582,7 +583,7 @@ def test_limits() -> None:
         ("video_decode_timeout_s", 1e-9, "longer to decode"),
     ):
         with pytest.raises(MediaTooLarge, match=said) as caught:
-            decoded(data, config=MediaConfig(**{field: value}))
+            decoded(data, config=limits(**{field: value}))
         assert caught.value.code == "video_too_large"
 
 
@@ -596,14 +597,14 @@ def test_a_duration_that_the_header_hides() -> None:
 
 def test_a_frame_size_that_the_header_hides() -> None:
     """The limit holds for each frame, not only for what the file promises."""
-    config = MediaConfig(max_video_pixels=SIZE[0] * SIZE[1])
+    config = limits(max_video_pixels=SIZE[0] * SIZE[1])
     with pytest.raises(MediaTooLarge, match="pixels"):
         decoded(changing_size(8), config=config)
 
 
 def test_a_monstrous_frame_is_not_made() -> None:
     """FFmpeg itself refuses what is far beyond the limit; the frames before it are served."""
-    config = MediaConfig(max_video_pixels=SIZE[0] * SIZE[1])
+    config = limits(max_video_pixels=SIZE[0] * SIZE[1])
     assert numbers(decoded(changing_size(8, factor=16), config=config)) == [0, 1, 2, 3]
 
 

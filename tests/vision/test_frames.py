@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from server.config import MediaConfig
 from server.core import VisionSpec
 from server.media.video import decode_video
 from server.vision.frames import frame_queries, sample_times, video_tiles
 from server.vision.tiles import fit_to_tile
 from tests.clips import clip
+from tests.limits import limits
 
 SPEC = VisionSpec(
     tile_size=28,
@@ -144,9 +144,9 @@ def test_fitting_while_decoding_gives_the_same_tiles() -> None:
     """The promise between the decoder and this room: small frames early, same answer."""
     for data in (clip(20), clip(8, rotation=90, scale=2)):
         times = partial(sample_times, spec=SPEC)
-        full = decode_video(data, MediaConfig(), sample_times=times, fit=lambda frame: frame)
+        full = decode_video(data, limits(), sample_times=times, fit=lambda frame: frame)
         small = decode_video(
-            data, MediaConfig(), sample_times=times, fit=partial(fit_to_tile, spec=SPEC)
+            data, limits(), sample_times=times, fit=partial(fit_to_tile, spec=SPEC)
         )
         assert {frame.size for frame in small.frames} == {(28, 28)}
         expected, expected_tiles = video_tiles(full.frames, SPEC)
@@ -164,7 +164,7 @@ def test_clips_at_two_frames_a_second_cost_what_the_table_says(
 ) -> None:
     video = decode_video(
         clip(num_frames),
-        MediaConfig(),
+        limits(),
         sample_times=partial(sample_times, spec=SPEC),
         fit=partial(fit_to_tile, spec=SPEC),
     )
