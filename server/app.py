@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -25,6 +26,7 @@ from server.api.json_body import error_response
 from server.api.metrics import read_engine, read_requests
 from server.api.middleware import Authentication, BodyLimit, RequestRecord
 from server.api.models import ServedModel
+from server.chat.media import MediaReader
 from server.chat.prepare import Preparer
 from server.config import HttpConfig, MediaConfig
 from server.engine.client import Engine
@@ -51,17 +53,19 @@ def build_app(
     metrics: Metrics,
     on_load_failure: Callable[[Exception], None],
     media: MediaConfig | None = None,
+    media_reader: MediaReader | None = None,
     files: FileStore | None = None,
 ) -> FastAPI:
     """The application. It answers /health and /ready while the engine is still loading.
 
-    The engine starts and stops with the application. Where it cannot load its model,
+    The engine starts and stops with the application, and so do the decoders of the `media_reader`,
+    which a model that takes pictures has. Where the engine cannot load its model,
     `on_load_failure` is called with the reason, and is to end the process.
     """
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(_load(engine, on_load_failure))]
+        tasks = [asyncio.create_task(_load(engine, media_reader, on_load_failure))]
         if files is not None:
             sweeping = files_api.sweep_now_and_then(files, app.state.disk_threads)
             tasks.append(asyncio.create_task(sweeping))
@@ -72,6 +76,8 @@ def build_app(
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await engine.stop()
+            if media_reader is not None:
+                await media_reader.stop()
             app.state.disk_threads.shutdown(wait=False)
 
     app = FastAPI(
@@ -131,9 +137,17 @@ async def drain(app: FastAPI) -> None:
         await app.state.engine.stop()
 
 
-async def _load(engine: Engine, on_load_failure: Callable[[Exception], None]) -> None:
+async def _load(
+    engine: Engine,
+    media_reader: MediaReader | None,
+    on_load_failure: Callable[[Exception], None],
+) -> None:
+    starting: list[Coroutine[Any, Any, None]] = [engine.start()]
+    if media_reader is not None:
+        # First, so that the processes that strangers' bytes come to are forked from nothing else.
+        starting.insert(0, media_reader.start())
     try:
-        await engine.start()
+        await asyncio.gather(*starting)
     except Exception as error:
         on_load_failure(error)
 

@@ -28,14 +28,17 @@ from server.api.admin import AdminApp
 from server.api.models import ServedModel
 from server.api.protocol import protocol_with_deadline
 from server.app import build_app, drain
+from server.chat.media import MediaReader
 from server.chat.prepare import ModelFacts, Preparer
 from server.chat.template import ChatTemplate
 from server.chat.tokenizer import Tokenizer
 from server.config import Config, HttpConfig, MediaConfig, load_config
 from server.core import VisionLayout, VisionSpec
+from server.decoding.pool import DecoderPool
 from server.engine.client import Engine, EngineClient, EngineFacts
 from server.errors import CheckpointError, ConfigError
 from server.hub import find_checkpoint, is_hub_name
+from server.media.fetch import Fetcher
 from server.media.store import FileStore
 from server.model.config import CheckpointInfo, read_checkpoint
 from server.telemetry.metrics import Metrics
@@ -244,7 +247,10 @@ def _serve(config: Config, listener: socket.socket, admin_listener: socket.socke
             on_loading=progress.update,
         )
         facts = _model_facts(info, context_length)
-        preparer = Preparer(tokenizer, template, facts=facts, media=config.media)
+        media_reader = _media_reader(config.media, info.vision, files)
+        preparer = Preparer(
+            tokenizer, template, facts=facts, limits=config.media, media=media_reader
+        )
         app = build_app(
             config.http,
             engine,
@@ -253,6 +259,7 @@ def _serve(config: Config, listener: socket.socket, admin_listener: socket.socke
             metrics=metrics,
             on_load_failure=on_load_failure,
             media=config.media,
+            media_reader=media_reader,
             files=files,
         )
         server = uvicorn.Server(_uvicorn_config(app, config.http, has_lifespan=True))
@@ -284,6 +291,17 @@ def _open_file_store(media: MediaConfig) -> FileStore | None:
         raise ConfigError(
             f"media.files_dir: {media.files_dir} cannot be used: {error.strerror}"
         ) from None
+
+
+def _media_reader(
+    config: MediaConfig, spec: VisionSpec | None, files: FileStore | None
+) -> MediaReader | None:
+    if spec is None:
+        return None
+    fetcher = Fetcher(config, user_agent=f"hcx-server/{__version__}")
+    return MediaReader(
+        config, spec, fetcher=fetcher, decoders=DecoderPool(config, spec), files=files
+    )
 
 
 def _model_facts(info: CheckpointInfo, context_length: int) -> ModelFacts:

@@ -79,7 +79,9 @@ class TextPreparer:
         self.requests: list[ChatRequest] = []
         self.cancelled = 0
 
-    async def prepare(self, request: ChatRequest, *, request_id: str, tenant: str) -> Prepared:
+    async def prepare(
+        self, request: ChatRequest, *, request_id: str, tenant: str, attachments: object = None
+    ) -> Prepared:
         self.requests.append(request)
         try:
             await asyncio.sleep(self.delay_s)

@@ -50,7 +50,11 @@ _UNUSABLE: Final = _Unusable()
 async def read_json_object(request: Request) -> dict[str, Any]:
     """The body of `request` as an object; raises the contract's 400s and 415."""
     require_json(request.headers)
-    body = await request.body()
+    return await parse_body(await request.body())
+
+
+async def parse_body(body: bytes) -> dict[str, Any]:
+    """`parse_json_object`, in a thread where it would take long."""
     if len(body) <= INLINE_BYTES:
         return parse_json_object(body)
     return await asyncio.to_thread(parse_json_object, body)

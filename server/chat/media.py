@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import logging
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +58,8 @@ CacheOutcome = Literal["hit", "bytes", "miss"]
 
 _T = TypeVar("_T")
 
+_log = logging.getLogger(__name__)
+
 
 class Attachments(Protocol):
     """Media that come in the body of the request, after what refers to them."""
@@ -70,9 +73,18 @@ class Fetcher(Protocol):
 
     async def fetch(self, url: str, *, kind: MediaKind, tenant: str) -> Fetched: ...
 
+    async def close(self) -> None: ...
+
 
 class Decoders(Protocol):
     """See `server.decoding.pool`."""
+
+    @property
+    def missing_protections(self) -> tuple[str, ...]: ...
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...
 
     async def decode(self, job: Job, file: MediaFile, *, tenant: str) -> Decoded: ...
 
@@ -160,8 +172,17 @@ class MediaReader:
         """In a thread: base64, hashing, and reading from disks."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def close(self) -> None:
-        """Drop what waits; what runs ends by itself."""
+    async def start(self) -> None:
+        """Returns when media can be decoded. ConfigError where they cannot."""
+        await self.decoders.start()
+        if self.decoders.missing_protections:
+            missing = ", ".join(self.decoders.missing_protections)
+            _log.warning("this machine denies decoders some protections: %s", missing)
+
+    async def stop(self) -> None:
+        """End what still runs, and the decoders."""
+        await self.fetcher.close()
+        await self.decoders.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
@@ -344,7 +365,8 @@ class Reading:
             case "file_id":
                 if reader.files is None:
                     raise FileNotFound()
-                return await reader.run(partial(reader.files.open, source, owner_digest(self._tenant)))
+                owner = owner_digest(self._tenant)
+                return await reader.run(partial(reader.files.open, source, owner))
             case "attachment":
                 if self._attachments is None:
                     raise InvalidMediaUrl(
