@@ -23,7 +23,7 @@ from server.api import chat, health, models
 from server.api import files as files_api
 from server.api.health import Lifecycle
 from server.api.json_body import error_response
-from server.api.metrics import read_engine, read_requests
+from server.api.metrics import read_engine, read_media, read_requests
 from server.api.middleware import Authentication, BodyLimit, RequestRecord
 from server.api.models import ServedModel
 from server.chat.media import MediaReader
@@ -99,6 +99,8 @@ def build_app(
     app.state.disk_threads = ThreadPoolExecutor(_NUM_DISK_THREADS, thread_name_prefix="disk")
     metrics.add_reading(partial(read_requests, app.state.lifecycle))
     metrics.add_reading(partial(read_engine, engine))
+    if media_reader is not None:
+        metrics.add_reading(partial(read_media, media_reader))
 
     routers = ROUTERS if files is None else ROUTERS + FILE_ROUTERS
     for router in routers:

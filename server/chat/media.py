@@ -75,9 +75,27 @@ class Fetcher(Protocol):
 
     async def close(self) -> None: ...
 
+    @property
+    def num_running(self) -> int: ...
+
+    @property
+    def num_waiting(self) -> int: ...
+
+    @property
+    def num_cached_bytes(self) -> int: ...
+
 
 class Decoders(Protocol):
     """See `server.decoding.pool`."""
+
+    @property
+    def num_running(self) -> int: ...
+
+    @property
+    def num_waiting(self) -> int: ...
+
+    @property
+    def num_processes(self) -> int: ...
 
     @property
     def missing_protections(self) -> tuple[str, ...]: ...

@@ -180,6 +180,19 @@ class Fetcher:
             raise copy.copy(outcome)
         return outcome
 
+    @property
+    def num_running(self) -> int:
+        return self._turns.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        return self._turns.num_waiting
+
+    @property
+    def num_cached_bytes(self) -> int:
+        """In memory."""
+        return self._memory.num_bytes
+
     async def close(self) -> None:
         self._is_closed = True
         tasks = list(self._tasks)
