@@ -9,28 +9,39 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Match, Route
 
 from server.api import chat, health, models
+from server.api import files as files_api
 from server.api.health import Lifecycle
 from server.api.json_body import error_response
-from server.api.metrics import read_engine, read_requests
+from server.api.metrics import read_engine, read_media, read_requests
 from server.api.middleware import Authentication, BodyLimit, RequestRecord
 from server.api.models import ServedModel
+from server.chat.media import MediaReader
 from server.chat.prepare import Preparer
-from server.config import HttpConfig
+from server.config import HttpConfig, MediaConfig
 from server.engine.client import Engine
 from server.errors import MethodNotAllowed, ServerError, UnknownUrl
+from server.media.store import FileStore
 from server.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
 ROUTERS = (chat.router, models.router, health.router)
+FILE_ROUTERS = (files_api.router,)
+"""Only where there is a store for files: without one nobody can tell that there are such URLs."""
+
+# Few, so that many uploads at once queue for the disk and not for everything else.
+_NUM_DISK_THREADS = 4
 
 
 def build_app(
@@ -41,22 +52,33 @@ def build_app(
     *,
     metrics: Metrics,
     on_load_failure: Callable[[Exception], None],
+    media: MediaConfig | None = None,
+    media_reader: MediaReader | None = None,
+    files: FileStore | None = None,
 ) -> FastAPI:
     """The application. It answers /health and /ready while the engine is still loading.
 
-    The engine starts and stops with the application. Where it cannot load its model,
+    The engine starts and stops with the application, and so do the decoders of the `media_reader`,
+    which a model that takes pictures has. Where the engine cannot load its model,
     `on_load_failure` is called with the reason, and is to end the process.
     """
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.create_task(_load(engine, on_load_failure))
+        tasks = [asyncio.create_task(_load(engine, media_reader, on_load_failure))]
+        if files is not None:
+            sweeping = files_api.sweep_now_and_then(files, app.state.disk_threads)
+            tasks.append(asyncio.create_task(sweeping))
         try:
             yield
         finally:
-            loading.cancel()
-            await asyncio.gather(loading, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await engine.stop()
+            if media_reader is not None:
+                await media_reader.stop()
+            app.state.disk_threads.shutdown(wait=False)
 
     app = FastAPI(
         title="hcx-server",
@@ -72,16 +94,26 @@ def build_app(
     app.state.model = model
     app.state.lifecycle = Lifecycle()
     app.state.metrics = metrics
+    app.state.media = media or MediaConfig()
+    app.state.files = files
+    app.state.disk_threads = ThreadPoolExecutor(_NUM_DISK_THREADS, thread_name_prefix="disk")
     metrics.add_reading(partial(read_requests, app.state.lifecycle))
     metrics.add_reading(partial(read_engine, engine))
+    if media_reader is not None:
+        metrics.add_reading(partial(read_media, media_reader))
 
-    for router in ROUTERS:
+    routers = ROUTERS if files is None else ROUTERS + FILE_ROUTERS
+    for router in routers:
         app.include_router(router)
     app.add_exception_handler(ServerError, _answer_server_error)
-    app.add_exception_handler(HTTPException, _answer_routing_error)
+    routes = [route for router in routers for route in router.routes]
+    app.add_exception_handler(HTTPException, partial(_answer_routing_error, routes))
     # The last one added is the outermost.
     app.add_middleware(
-        BodyLimit, max_bytes=http.max_body_bytes, receive_timeout_s=http.receive_timeout_s
+        BodyLimit,
+        max_bytes=http.max_body_bytes,
+        max_multipart_bytes=http.max_multipart_bytes,
+        receive_timeout_s=http.receive_timeout_s,
     )
     app.add_middleware(Authentication, api_keys=http.api_keys)
     app.add_middleware(
@@ -107,9 +139,17 @@ async def drain(app: FastAPI) -> None:
         await app.state.engine.stop()
 
 
-async def _load(engine: Engine, on_load_failure: Callable[[Exception], None]) -> None:
+async def _load(
+    engine: Engine,
+    media_reader: MediaReader | None,
+    on_load_failure: Callable[[Exception], None],
+) -> None:
+    starting: list[Coroutine[Any, Any, None]] = [engine.start()]
+    if media_reader is not None:
+        # First, so that the processes that strangers' bytes come to are forked from nothing else.
+        starting.insert(0, media_reader.start())
     try:
-        await engine.start()
+        await asyncio.gather(*starting)
     except Exception as error:
         on_load_failure(error)
 
@@ -119,8 +159,17 @@ async def _answer_server_error(_: Request, error: Exception) -> Response:
     return error_response(error)
 
 
-async def _answer_routing_error(_: Request, error: Exception) -> Response:
+async def _answer_routing_error(
+    routes: Sequence[BaseRoute], request: Request, error: Exception
+) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
-        return error_response(MethodNotAllowed(), headers=error.headers)
+        # A URL may have several routes; the error names the methods of the first alone.
+        matching = [
+            route
+            for route in routes
+            if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE
+        ]
+        methods = sorted({method for route in matching for method in route.methods or ()})
+        return error_response(MethodNotAllowed(), headers={"allow": ", ".join(methods)})
     return error_response(UnknownUrl())

@@ -28,14 +28,18 @@ from server.api.admin import AdminApp
 from server.api.models import ServedModel
 from server.api.protocol import protocol_with_deadline
 from server.app import build_app, drain
+from server.chat.media import MediaReader
 from server.chat.prepare import ModelFacts, Preparer
 from server.chat.template import ChatTemplate
 from server.chat.tokenizer import Tokenizer
-from server.config import Config, HttpConfig, load_config
+from server.config import Config, HttpConfig, MediaConfig, load_config
 from server.core import VisionLayout, VisionSpec
+from server.decoding.pool import DecoderPool
 from server.engine.client import Engine, EngineClient, EngineFacts
 from server.errors import CheckpointError, ConfigError
 from server.hub import find_checkpoint, is_hub_name
+from server.media.fetch import Fetcher
+from server.media.store import FileStore
 from server.model.config import CheckpointInfo, read_checkpoint
 from server.telemetry.metrics import Metrics
 from server.vision.frames import frame_queries
@@ -183,6 +187,8 @@ def _check_tensors(info: CheckpointInfo) -> None:
 def _start_logging() -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("server").setLevel(logging.INFO)
+    # It would write a line for each client whose form is malformed.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
 def _bound_socket(host: str, port: int) -> socket.socket:
@@ -216,6 +222,7 @@ def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
 
 
 def _serve(config: Config, listener: socket.socket, admin_listener: socket.socket | None) -> None:
+    files = _open_file_store(config.media)
     info, name = _read_model(config)
     tokenizer, template = _read_chat(info)
     context_length = min(info.context_length, config.model.max_context or info.context_length)
@@ -240,7 +247,10 @@ def _serve(config: Config, listener: socket.socket, admin_listener: socket.socke
             on_loading=progress.update,
         )
         facts = _model_facts(info, context_length)
-        preparer = Preparer(tokenizer, template, facts=facts, media=config.media)
+        media_reader = _media_reader(config.media, info.vision, files)
+        preparer = Preparer(
+            tokenizer, template, facts=facts, limits=config.media, media=media_reader
+        )
         app = build_app(
             config.http,
             engine,
@@ -248,6 +258,9 @@ def _serve(config: Config, listener: socket.socket, admin_listener: socket.socke
             ServedModel(name=name, context_length=context_length, created_s=int(time.time())),
             metrics=metrics,
             on_load_failure=on_load_failure,
+            media=config.media,
+            media_reader=media_reader,
+            files=files,
         )
         server = uvicorn.Server(_uvicorn_config(app, config.http, has_lifespan=True))
         app.state.lifecycle.count_connections = lambda: len(server.server_state.connections)
@@ -267,6 +280,28 @@ def _serve(config: Config, listener: socket.socket, admin_listener: socket.socke
             preparer.close()
     for failure in failures:
         raise failure
+
+
+def _open_file_store(media: MediaConfig) -> FileStore | None:
+    if media.files_dir is None:
+        return None
+    try:
+        return FileStore(media.files_dir, media.files_ttl_s, media.max_files_bytes_per_key)
+    except OSError as error:
+        raise ConfigError(
+            f"media.files_dir: {media.files_dir} cannot be used: {error.strerror}"
+        ) from None
+
+
+def _media_reader(
+    config: MediaConfig, spec: VisionSpec | None, files: FileStore | None
+) -> MediaReader | None:
+    if spec is None:
+        return None
+    fetcher = Fetcher(config, user_agent=f"hcx-server/{__version__}")
+    return MediaReader(
+        config, spec, fetcher=fetcher, decoders=DecoderPool(config, spec), files=files
+    )
 
 
 def _model_facts(info: CheckpointInfo, context_length: int) -> ModelFacts:

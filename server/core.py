@@ -55,6 +55,14 @@ class VisionSpec:
         """The most frames a video is sampled to."""
         return self.max_canvases * self.frames_per_canvas
 
+    @property
+    def max_grids(self) -> int:
+        """The most tiles a picture is cut into, its thumbnail not counted."""
+        area = self.tile_size * self.tile_size
+        return max(
+            (height * width // area for height, width in self.candidate_resolutions), default=0
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class VisionLayout:
@@ -175,8 +183,9 @@ class TokenEvent:
     `token_id` is None where a choice ends without a token (abort, error). `error_code` is one of
     the contract's codes and is set exactly when `finish_reason` is "error", which ends the whole
     request. With the first token of choice 0 comes what is told of the prompt:
-    `num_cached_tokens`, how much of it was in the cache, and `prompt_logprobs` if asked for, one
-    for each of its ids, None for the first and for placeholders.
+    `num_cached_tokens`, how much of it was in the cache; `encode_times_s`, how long each of its
+    media was encoded, 0 where that was done already; and `prompt_logprobs` if asked for, one for
+    each of its ids, None for the first and for placeholders.
     """
 
     request_id: str
@@ -184,6 +193,7 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     error_code: str | None = None
     num_cached_tokens: int = 0
+    encode_times_s: tuple[float, ...] = ()
     choice: int = 0
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None

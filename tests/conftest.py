@@ -19,8 +19,9 @@ from server.api.models import ServedModel
 from server.app import build_app
 from server.chat.prepare import ChatRequest, Prepared, PromptUsage
 from server.chat.tokenizer import Tokenizer, byte_symbols
-from server.config import HttpConfig
+from server.config import HttpConfig, MediaConfig
 from server.core import GenerationRequest, SamplingParams
+from server.media.store import FileStore
 from server.telemetry.metrics import Metrics
 from tests.fakes import FakeEngine
 
@@ -78,7 +79,9 @@ class TextPreparer:
         self.requests: list[ChatRequest] = []
         self.cancelled = 0
 
-    async def prepare(self, request: ChatRequest, *, request_id: str, tenant: str) -> Prepared:
+    async def prepare(
+        self, request: ChatRequest, *, request_id: str, tenant: str, attachments: object = None
+    ) -> Prepared:
         self.requests.append(request)
         try:
             await asyncio.sleep(self.delay_s)
@@ -186,7 +189,7 @@ Serve = Callable[..., Server]
 
 @pytest.fixture(scope="session")
 def build(byte_tokenizer: Tokenizer) -> Callable[..., FastAPI]:
-    """Make an application: `build(engine=..., preparer=..., http=...)`, all of them optional."""
+    """Make an application: `build(engine=..., preparer=..., http=...)`, all of it optional."""
 
     def built(
         *,
@@ -194,6 +197,8 @@ def build(byte_tokenizer: Tokenizer) -> Callable[..., FastAPI]:
         preparer: Any = None,
         http: HttpConfig | None = None,
         on_load_failure: Callable[[Exception], None] = lambda error: None,
+        media: MediaConfig | None = None,
+        files: FileStore | None = None,
     ) -> FastAPI:
         preparer = preparer or TextPreparer()
         preparer.tokenizer = byte_tokenizer
@@ -204,6 +209,8 @@ def build(byte_tokenizer: Tokenizer) -> Callable[..., FastAPI]:
             ServedModel(MODEL, context_length=4096, created_s=1_700_000_000),
             metrics=Metrics(),
             on_load_failure=on_load_failure,
+            media=media,
+            files=files,
         )
 
     return built
@@ -251,6 +258,7 @@ TYPES = {
     500: "server_error",
     503: "service_unavailable_error",
     504: "server_error",
+    507: "server_error",
 }
 
 

@@ -82,6 +82,9 @@ class FakeEngine:
             self._mailboxes[request_id].put_nowait(event)
         self.running.clear()
 
+    def check_room(self, tenant: str, num_choices: int) -> None:
+        """There is always room before a request is prepared."""
+
     async def submit(self, request: GenerationRequest, tiles: Sequence[Tiles]) -> TokenStream:
         if self.refuse is not None:
             raise self.refuse

@@ -9,18 +9,23 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
+from starlette.types import Receive
 
+from server.api.content_type import is_multipart
 from server.api.health import not_ready
-from server.api.json_body import json_response, read_json_object
+from server.api.json_body import json_response, parse_body, read_json_object
+from server.api.media_usage import MediaUsage
 from server.api.metrics import counted
 from server.api.models import check_name
+from server.api.multipart import AttachmentLimits, Attachments
 from server.api.schemas import parse_chat_request
 from server.api.sse import Answer, Envelope, EventStream, collect, sse_frames, until_client_leaves
 from server.chat.tokenizer import detokenize
-from server.errors import RequestTimeout
+from server.errors import RequestTimeout, Unavailable
 
 router = APIRouter()
 
@@ -34,18 +39,32 @@ async def chat_completions(request: Request) -> Response:
     if unavailable is not None:
         raise unavailable
 
-    parsed = parse_chat_request(await read_json_object(request), is_strict=state.http.strict)
+    body, attachments, receive = await _read_body(request)
+    parsed = parse_chat_request(body, is_strict=state.http.strict)
     request.state.num_unknown_parameters = parsed.num_unknown
     state.metrics.count_unknown_parameters(parsed.num_unknown)
     wire = parsed.request
     check_name(state.model, wire.model)
     envelope = Envelope(f"chatcmpl-{uuid.uuid4().hex}", wire.model, int(time.time()))
+    chat_request = wire.to_chat_request()
+    state.engine.check_room(request.state.tenant, chat_request.num_choices)
+    media = MediaUsage(state.metrics)
 
     async def begin() -> Answer:
-        # The id under which the engine knows the request is ours: clients choose theirs freely.
-        prepared = await state.preparer.prepare(
-            wire.to_chat_request(), request_id=envelope.id, tenant=request.state.tenant
-        )
+        try:
+            # The id under which the engine knows the request is ours: clients choose theirs freely.
+            prepared = await state.preparer.prepare(
+                chat_request,
+                request_id=envelope.id,
+                tenant=request.state.tenant,
+                attachments=attachments,
+            )
+        except Unavailable:
+            state.metrics.count_rejection("media")
+            raise
+        if attachments is not None:
+            await attachments.finish()
+        media.prepared(prepared.reports)
         num_choices = prepared.request.num_choices
         stream = await state.engine.submit(prepared.request, prepared.tiles)
         deltas = detokenize(
@@ -58,18 +77,42 @@ async def chat_completions(request: Request) -> Response:
         return Answer(
             prepared.usage,
             counted(deltas, state.metrics, num_choices=num_choices),
+            media=media,
             num_choices=num_choices,
             has_logprobs=bool(wire.logprobs),
         )
 
     if wire.stream:
         frames = sse_frames(begin, envelope, include_usage=wire.include_usage)
-        return EventStream(frames, deadline_s=deadline_s)
+        return EventStream(
+            frames, receive=receive, deadline_s=deadline_s, late_headers=media.headers
+        )
     try:
         async with asyncio.timeout_at(deadline_s) as deadline:
-            completion = await until_client_leaves(request.receive, collect(begin, envelope))
+            completion = await until_client_leaves(receive, collect(begin, envelope))
     except TimeoutError:
         if deadline.expired():
             raise RequestTimeout() from None
         raise
-    return json_response(completion)
+    return json_response(completion, headers=media.headers())
+
+
+async def _read_body(request: Request) -> tuple[dict[str, Any], Attachments | None, Receive]:
+    """The request's JSON; and, of a form, what comes after it, with how that is received."""
+    if not is_multipart(request.headers):
+        return await read_json_object(request), None, request.receive
+    state = request.app.state
+    attachments = Attachments(
+        request.receive,
+        request.headers["content-type"],
+        spool_folder=state.media.spool_dir,
+        limits=AttachmentLimits(
+            max_attachments=state.media.max_images + state.media.max_videos,
+            max_attachment_bytes=state.media.max_video_bytes,
+            max_total_bytes=state.media.max_request_bytes,
+            max_request_bytes=state.http.max_body_bytes,
+        ),
+        threads=state.disk_threads,
+    )
+    body = await parse_body(await attachments.read_request())
+    return body, attachments, attachments.receive

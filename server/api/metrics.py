@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Iterator
 from typing import get_args
 
 from server.api.health import Lifecycle
+from server.chat.media import MediaReader
 from server.chat.tokenizer import Delta
 from server.engine.client import STEP_BOUNDS_S, Engine, EngineStatus
 from server.errors import ServerError
@@ -157,6 +158,21 @@ def _read_work(engine: Engine) -> Iterator[Metric]:
         "hcx_preemptions",
         "How often a running request had to give up its blocks and wait again.",
         totals.num_preemptions,
+    )
+
+
+def read_media(reader: MediaReader) -> Iterator[Metric]:
+    fetcher, decoders = reader.fetcher, reader.decoders
+    yield gauge("hcx_fetches_running", "Media being fetched.", fetcher.num_running)
+    yield gauge("hcx_fetches_waiting", "Media that wait to be fetched.", fetcher.num_waiting)
+    yield gauge("hcx_decodes_running", "Media with a decoder.", decoders.num_running)
+    yield gauge("hcx_decodes_waiting", "Media that wait for a decoder.", decoders.num_waiting)
+    yield gauge("hcx_decoder_processes", "Decoders there are.", decoders.num_processes)
+    yield gauge(
+        "hcx_fetched_cache_bytes", "Fetched media kept in memory.", fetcher.num_cached_bytes
+    )
+    yield gauge(
+        "hcx_finished_cache_bytes", "Pixels ready for the engine.", reader.finished.num_bytes
     )
 
 

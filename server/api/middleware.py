@@ -26,6 +26,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.content_type import is_multipart
 from server.api.health import Lifecycle
 from server.api.json_body import error_response
 from server.errors import (
@@ -53,6 +54,9 @@ NO_TENANT: Final = ""
 MAX_HEADERS: Final = 100
 MAX_HEADER_LINE_BYTES: Final = 16 * 1024
 MIN_BODY_BYTES_PER_S: Final = 1024 * 1024
+
+MULTIPART_PATHS: Final = frozenset({"/v1/files", "/v1/chat/completions"})
+"""Their bodies may be longer, where they come as multipart/form-data."""
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
 _NEVER_ROUTED: Final = frozenset({"OPTIONS", "TRACE", "CONNECT"})
@@ -234,7 +238,7 @@ class Authentication:
             await self._app(scope, receive, send)
             return
         if scope["method"] in _NEVER_ROUTED:
-            refusal = error_response(MethodNotAllowed(), headers={"allow": "GET, POST"})
+            refusal = error_response(MethodNotAllowed(), headers={"allow": "GET, POST, DELETE"})
             await refusal(scope, receive, send)
             return
         if scope["path"] not in OPEN_PATHS:
@@ -265,16 +269,28 @@ class BodyLimit:
     A body has `receive_timeout_s` to arrive, or longer where it comes at the least accepted rate.
     """
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int, receive_timeout_s: float) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        max_bytes: int,
+        max_multipart_bytes: int,
+        receive_timeout_s: float,
+    ) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._max_multipart_bytes = max_multipart_bytes
         self._receive_timeout_s = receive_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        refusal = self._refusal(Headers(scope=scope))
+        headers = Headers(scope=scope)
+        max_bytes = self._max_bytes
+        if scope["path"] in MULTIPART_PATHS and is_multipart(headers):
+            max_bytes = self._max_multipart_bytes
+        refusal = _refusal(headers, max_bytes)
         if refusal is not None:
             await error_response(refusal)(scope, receive, send)
             return
@@ -296,21 +312,23 @@ class BodyLimit:
                 raise
             received += len(message.get("body", b""))
             is_complete = not message.get("more_body", False)
-            if received > self._max_bytes:
-                raise self._too_large()
+            if received > max_bytes:
+                raise _too_large(max_bytes)
             return message
 
         await self._app(scope, counted, send)
 
-    def _refusal(self, headers: Headers) -> ServerError | None:
-        length = headers.get("content-length", "")
-        # Digits only and few: the server below has checked the header's form.
-        if length.isascii() and length.isdigit() and int(length[:20]) > self._max_bytes:
-            return self._too_large()
-        encodings = headers.getlist("content-encoding")
-        if any(encoding.lower() != "identity" for encoding in encodings):
-            return UnsupportedContentType()
-        return None
 
-    def _too_large(self) -> RequestTooLarge:
-        return RequestTooLarge(f"The request body is larger than {self._max_bytes} bytes.")
+def _refusal(headers: Headers, max_bytes: int) -> ServerError | None:
+    length = headers.get("content-length", "")
+    # Digits only and few: the server below has checked the header's form.
+    if length.isascii() and length.isdigit() and int(length[:20]) > max_bytes:
+        return _too_large(max_bytes)
+    encodings = headers.getlist("content-encoding")
+    if any(encoding.lower() != "identity" for encoding in encodings):
+        return UnsupportedContentType()
+    return None
+
+
+def _too_large(max_bytes: int) -> RequestTooLarge:
+    return RequestTooLarge(f"The request body is larger than {max_bytes} bytes.")

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from server.chat.options import parse_request_options
 from server.chat.prepare import ChatRequest
 from server.errors import (
     ArrayTooLong,
@@ -203,13 +204,15 @@ class ChatCompletionRequest(BaseModel):
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
     user: Text | None = None
+    media_options: Any = None
 
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def to_chat_request(self) -> ChatRequest:
-        """What the answer depends on, without the wire's habits."""
+        """What the answer depends on, without the wire's habits. Refuses faulty options."""
+        options, token_budget = parse_request_options(self.media_options, "media_options")
         return ChatRequest(
             messages=self.messages,
             max_tokens=self.max_tokens or self.max_completion_tokens,
@@ -228,6 +231,8 @@ class ChatCompletionRequest(BaseModel):
             min_tokens=self.min_tokens or 0,
             ignore_eos=bool(self.ignore_eos),
             priority=self.priority or 0,
+            media_options=options,
+            visual_token_budget=token_budget,
             num_choices=self.n or 1,
             num_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )

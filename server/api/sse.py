@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -18,6 +18,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.api.json_body import error_json, to_json
+from server.api.media_usage import MediaUsage
 from server.api.middleware import ClientGone
 from server.chat.prepare import PromptUsage
 from server.chat.tokenizer import Delta, TokenChance
@@ -58,10 +59,12 @@ class Answer:
         prompt: PromptUsage,
         deltas: AsyncGenerator[Delta, None],
         *,
+        media: MediaUsage | None = None,
         num_choices: int = 1,
         has_logprobs: bool = False,
     ) -> None:
         self._prompt = prompt
+        self._media = media
         self._deltas = deltas
         self._completion_tokens = 0
         self._cached_tokens = 0
@@ -75,6 +78,8 @@ class Answer:
             async for delta in self._deltas:
                 self._completion_tokens += delta.num_tokens
                 self._cached_tokens += delta.num_cached_tokens
+                if self._media is not None and delta.encode_times_s:
+                    self._media.encoded(delta.encode_times_s)
                 if delta.finish_reason is not None:
                     num_running -= 1
                     if delta.finish_reason not in ("stop", "length"):
@@ -95,7 +100,8 @@ class Answer:
         return {"content": content, "refusal": None}
 
     def usage(self) -> dict[str, object]:
-        return {
+        """OpenAI's object; `media` is ours, where there are any."""
+        usage: dict[str, object] = {
             "prompt_tokens": self._prompt.prompt_tokens,
             "completion_tokens": self._completion_tokens,
             "total_tokens": self._prompt.prompt_tokens + self._completion_tokens,
@@ -106,6 +112,9 @@ class Answer:
                 "video_tokens": self._prompt.video_tokens,
             },
         }
+        if self._media is not None and self._media.has_media:
+            usage["media"] = self._media.usage()
+        return usage
 
 
 def _chance(chance: TokenChance) -> dict[str, object]:
@@ -211,6 +220,7 @@ async def until_client_leaves(receive: Receive, work: Coroutine[Any, Any, Result
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
+            leaving.result()  # a body that goes on arriving may turn out to be wrong
             raise ClientGone()
         return working.result()
     finally:
@@ -245,17 +255,25 @@ class EventStream(Response):
         frames: AsyncGenerator[bytes, None],
         *,
         deadline_s: float,
+        receive: Receive | None = None,
+        late_headers: Callable[[], Mapping[str, str]] = dict,
         first_event_wait_s: float = FIRST_EVENT_WAIT_S,
         keep_alive_s: float = KEEP_ALIVE_S,
         slow_client_s: float = SLOW_CLIENT_S,
     ) -> None:
-        """`deadline_s` is a time of the event loop's clock."""
+        """`deadline_s` is a time of the event loop's clock.
+
+        The client's leaving is noticed by `receive`, or by the request's own. `late_headers` is
+        asked when the headers go out.
+        """
         super().__init__(media_type="text/event-stream; charset=utf-8")
         del self.headers["content-length"]
         self.headers["cache-control"] = "no-cache"
         self.headers["x-accel-buffering"] = "no"
         self._frames = frames
         self._deadline_s = deadline_s
+        self._receive = receive
+        self._late_headers = late_headers
         self._first_event_wait_s = first_event_wait_s
         self._keep_alive_s = keep_alive_s
         self._slow_client_s = slow_client_s
@@ -265,12 +283,14 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         pumping = asyncio.ensure_future(self._pump(send))
-        leaving = asyncio.ensure_future(client_leaves(receive))
+        leaving = asyncio.ensure_future(client_leaves(self._receive or receive))
         keeping_alive = asyncio.ensure_future(self._keep_alive(send))
         tasks = (pumping, leaving, keeping_alive)
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in (pumping, keeping_alive):
+            if leaving.done() and leaving.exception() is not None and self._is_started:
+                await pumping  # it meets the same error, and ends the body with it
+            for task in tasks:
                 if task.done():
                     task.result()
             if not pumping.done():
@@ -318,6 +338,7 @@ class EventStream(Response):
             async with self._sending, asyncio.timeout(self._slow_client_s):
                 if not self._is_started:
                     self._is_started = True
+                    self.headers.update(self._late_headers())
                     await send(
                         {
                             "type": "http.response.start",

@@ -7,9 +7,10 @@ value at fault, never ignored. Nothing here fetches, decodes or renders anything
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias, get_args
 
+from server.chat.options import NO_OPTIONS, MediaOptions, parse_detail, parse_options
 from server.config import MediaConfig
 from server.core import MediaKind
 from server.errors import (
@@ -24,7 +25,9 @@ from server.errors import (
 )
 
 Role = Literal["system", "user", "assistant"]
-Detail = Literal["auto", "low", "high"]
+OnError = Literal["fail", "skip", "placeholder"]
+"""What becomes of a request whose medium cannot be used: it fails, or goes on without the medium,
+or with a note in its place."""
 
 ROLES: Mapping[str, Role] = {
     "system": "system",
@@ -44,7 +47,7 @@ UNSUPPORTED_MESSAGE_FIELDS: Mapping[str, tuple[object, ...]] = {
     "audio": (None,),
     "annotations": (None, []),
 }
-UNSUPPORTED_PART_TYPES = ("input_audio", "audio", "file", "refusal")
+UNSUPPORTED_PART_TYPES = ("input_audio", "audio", "refusal")
 
 MAX_MESSAGES = 1_024
 MAX_PARTS = 256
@@ -70,6 +73,8 @@ HINT_FIELDS: Mapping[str, int] = {
     "lens_local_keywords": MAX_HINT_CHARS,
     "speech_to_text": MAX_HINT_CHARS,
 }
+MEDIA_FIELDS = (*HINT_FIELDS, "media_options", "on_error")
+"""What every part with a medium may say beside where it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +86,20 @@ class TextPart:
 class MediaPart:
     """A picture or video: where its bytes are, and what is known about it.
 
-    `param` is the path of the source and `path` that of the part, for errors.
+    Where `is_kind_known` is not set only the bytes will say what it is. The sources of a
+    list are the frames of a video. `param` is the path of the source and `path` that of the part,
+    for errors.
     """
 
     kind: MediaKind
-    source: str = field(repr=False)
-    detail: Detail
-    hints: Hints
+    sources: tuple[str, ...] = field(repr=False)
     param: str
     path: str
+    hints: Hints = Hints()
+    options: MediaOptions = NO_OPTIONS
+    on_error: OnError = "fail"
+    is_kind_known: bool = True
+    is_list: bool = False
 
 
 Part: TypeAlias = TextPart | MediaPart
@@ -129,9 +139,28 @@ def parse_messages(messages: Sequence[object], limits: MediaConfig) -> tuple[Mes
     parsed = tuple(
         _parse_message(message, f"messages[{index}]") for index, message in enumerate(messages)
     )
-    _check_media_count(parsed, "image", limits.max_images)
-    _check_media_count(parsed, "video", limits.max_videos)
+    check_media_counts([part for message in parsed for part in message.media], limits)
     return parsed
+
+
+def with_parts(
+    messages: Sequence[Message], changed: Mapping[str, Part | None]
+) -> tuple[Message, ...]:
+    """The messages with other parts in the places of some (by their paths), or without them.
+
+    InvalidRequest where nothing is left of what a user said.
+    """
+    result: list[Message] = []
+    for index, message in enumerate(messages):
+        if not isinstance(message.content, str):
+            parts = [
+                changed.get(part.path, part) if isinstance(part, MediaPart) else part
+                for part in message.content
+            ]
+            message = Message(message.role, tuple(part for part in parts if part is not None))
+            _check_user_content(message, f"messages[{index}]")
+        result.append(message)
+    return tuple(result)
 
 
 def _check_part_count(messages: Sequence[object]) -> None:
@@ -147,13 +176,19 @@ def _check_part_count(messages: Sequence[object]) -> None:
                 )
 
 
-def _check_media_count(messages: Sequence[Message], kind: MediaKind, limit: int) -> None:
-    parts = [part for message in messages for part in message.media if part.kind == kind]
-    if len(parts) > limit:
-        raise ArrayTooLong(
-            f"At most {limit} {kind}s are accepted in a request, not {len(parts)}.",
-            param=parts[limit].path,
-        )
+def check_media_counts(media: Sequence[MediaPart], limits: MediaConfig) -> None:
+    """Refuse more media than allowed; to be asked again when all kinds are known."""
+    known = [part for part in media if part.is_kind_known]
+    for kind, some, limit in (
+        ("image", [part for part in known if part.kind == "image"], limits.max_images),
+        ("video", [part for part in known if part.kind == "video"], limits.max_videos),
+        ("picture and video", media, limits.max_images + limits.max_videos),
+    ):
+        if len(some) > limit:
+            raise ArrayTooLong(
+                f"At most {limit} {kind}s are accepted in a request, not {len(some)}.",
+                param=some[limit].path,
+            )
 
 
 def _parse_message(value: object, path: str) -> Message:
@@ -167,8 +202,7 @@ def _parse_message(value: object, path: str) -> Message:
     role = _parse_role(message, f"{path}.role")
     content = _parse_content(message.get("content"), role, f"{path}.content")
     parsed = Message(role, content)
-    if role == "user" and not parsed.media and not any(text.strip() for text in parsed.texts):
-        raise InvalidRequest("The content of a user message is empty.", param=f"{path}.content")
+    _check_user_content(parsed, path)
     if role != "user" and parsed.media:
         first = parsed.media[0]
         raise InvalidRequest(
@@ -176,6 +210,12 @@ def _parse_message(value: object, path: str) -> Message:
             param=first.path,
         )
     return parsed
+
+
+def _check_user_content(message: Message, path: str) -> None:
+    is_empty = not message.media and not any(text.strip() for text in message.texts)
+    if message.role == "user" and is_empty:
+        raise InvalidRequest("The content of a user message is empty.", param=f"{path}.content")
 
 
 def _parse_role(message: Mapping[str, Any], path: str) -> Role:
@@ -224,19 +264,19 @@ def _parse_text(part: Mapping[str, Any], path: str) -> TextPart:
 
 
 def _parse_image_url(part: Mapping[str, Any], path: str) -> MediaPart:
-    _refuse_unknown(part, path, ("type", "image_url", *HINT_FIELDS))
+    _refuse_unknown(part, path, ("type", "image_url", *MEDIA_FIELDS))
     value, value_path = _required(part, "image_url", f"{path}.image_url"), f"{path}.image_url"
     if isinstance(value, str):
         return _media("image", value, part, param=value_path, path=path)
     image_url = _object(value, value_path)
     _refuse_unknown(image_url, value_path, ("url", "detail"))
-    detail = _parse_detail(image_url.get("detail"), f"{value_path}.detail")
     url = _required(image_url, "url", f"{value_path}.url")
+    detail = image_url.get("detail"), f"{value_path}.detail"
     return _media("image", url, part, detail=detail, param=f"{value_path}.url", path=path)
 
 
 def _parse_video_url(part: Mapping[str, Any], path: str) -> MediaPart:
-    _refuse_unknown(part, path, ("type", "video_url", *HINT_FIELDS))
+    _refuse_unknown(part, path, ("type", "video_url", *MEDIA_FIELDS))
     value, value_path = _required(part, "video_url", f"{path}.video_url"), f"{path}.video_url"
     if isinstance(value, str):
         return _media("video", value, part, param=value_path, path=path)
@@ -247,59 +287,130 @@ def _parse_video_url(part: Mapping[str, Any], path: str) -> MediaPart:
 
 
 def _parse_image(part: Mapping[str, Any], path: str) -> MediaPart:
-    _refuse_unknown(part, path, ("type", "image", *HINT_FIELDS))
+    _refuse_unknown(part, path, ("type", "image", *MEDIA_FIELDS))
     source = _required(part, "image", f"{path}.image")
     return _media("image", source, part, param=f"{path}.image", path=path)
 
 
 def _parse_video(part: Mapping[str, Any], path: str) -> MediaPart:
-    _refuse_unknown(part, path, ("type", "video", *HINT_FIELDS))
+    """One source, or a list of pictures, which are its frames."""
+    _refuse_unknown(part, path, ("type", "video", *MEDIA_FIELDS))
     source = _required(part, "video", f"{path}.video")
     return _media("video", source, part, param=f"{path}.video", path=path)
+
+
+def _parse_file(part: Mapping[str, Any], path: str) -> MediaPart:
+    _refuse_unknown(part, path, ("type", "file", *MEDIA_FIELDS))
+    file_path = f"{path}.file"
+    file = _object(_required(part, "file", file_path), file_path)
+    _refuse_unknown(file, file_path, ("file_id", "file_data", "filename"))
+    return _file(file, part, file_path, path)
+
+
+def _parse_input_image(part: Mapping[str, Any], path: str) -> MediaPart:
+    _refuse_unknown(part, path, ("type", "image_url", "file_id", "detail", *MEDIA_FIELDS))
+    name = _one_of(part, ("image_url", "file_id"), path)
+    detail = part.get("detail"), f"{path}.detail"
+    return _media("image", part[name], part, detail=detail, param=f"{path}.{name}", path=path)
+
+
+def _parse_input_file(part: Mapping[str, Any], path: str) -> MediaPart:
+    _refuse_unknown(part, path, ("type", "file_id", "file_data", *MEDIA_FIELDS))
+    return _file(part, part, path, path)
 
 
 PART_TYPES: Mapping[str, Callable[[Mapping[str, Any], str], Part]] = {
     "text": _parse_text,
     "image_url": _parse_image_url,
     "video_url": _parse_video_url,
+    "file": _parse_file,
     # the model card's own spelling
     "image": _parse_image,
     "video": _parse_video,
+    # the spelling of OpenAI's Responses
+    "input_text": _parse_text,
+    "input_image": _parse_input_image,
+    "input_file": _parse_input_file,
 }
 
 
+def _file(file: Mapping[str, Any], part: Mapping[str, Any], file_path: str, path: str) -> MediaPart:
+    """An uploaded file, or one that is sent along; its bytes say what it is."""
+    name = _one_of(file, ("file_id", "file_data"), file_path)
+    filename = file.get("filename")
+    if filename is not None:
+        _string(filename, f"{file_path}.filename", max_chars=MAX_FILENAME_CHARS)
+        part = {"filename": filename, **part}
+    return _media(None, file[name], part, param=f"{file_path}.{name}", path=path)
+
+
+def _one_of(values: Mapping[str, Any], names: tuple[str, str], path: str) -> str:
+    """Which of two fields is given; it must be exactly one."""
+    given = [name for name in names if values.get(name) is not None]
+    if not given:
+        raise MissingParameter(f"{names[0]} or {names[1]} is missing.", param=f"{path}.{names[0]}")
+    if len(given) > 1:
+        raise InvalidRequest(
+            f"{names[0]} and {names[1]} cannot both be given.", param=f"{path}.{names[1]}"
+        )
+    return given[0]
+
+
 def _media(
-    kind: MediaKind,
+    kind: MediaKind | None,
     source: object,
     part: Mapping[str, Any],
     *,
     param: str,
     path: str,
-    detail: Detail = "auto",
+    detail: tuple[object, str] = (None, ""),
 ) -> MediaPart:
-    # Sources are long; that they are proper text is found out where they are read.
-    if not isinstance(source, str):
-        raise InvalidType("This must be a string.", param=param)
-    if not source:
-        raise InvalidRequest(f"The source of the {kind} is empty.", param=param)
+    """Without a kind the bytes will say it. `detail` is OpenAI's own field and its path."""
+    given = source if kind == "video" and isinstance(source, list) else [source]
+    if not given:
+        raise InvalidRequest("The list of frames is empty.", param=param)
+    sources: list[str] = []
+    for each in given:
+        # Sources are long; that they are proper text is found out where they are read.
+        if not isinstance(each, str):
+            raise InvalidType("This must be a string.", param=param)
+        if not each:
+            raise InvalidRequest(f"The source of the {kind or 'file'} is empty.", param=param)
+        sources.append(each)
     hints = {
         name: _string(part[name], f"{path}.{name}", max_chars=max_chars)
         for name, max_chars in HINT_FIELDS.items()
         if part.get(name) is not None
     }
-    return MediaPart(kind, source, detail, Hints(**hints), param=param, path=path)
+    options = parse_options(part.get("media_options"), f"{path}.media_options", kind=kind)
+    said = parse_detail(*detail)
+    if said is not None and options.detail is not None and said != options.detail:
+        raise InvalidRequest("detail is given twice, and differs.", param=detail[1])
+    return MediaPart(
+        kind or "image",
+        tuple(sources),
+        param=param,
+        path=path,
+        hints=Hints(**hints),
+        options=options if said is None else replace(options, detail=said),
+        on_error=_parse_on_error(part.get("on_error"), f"{path}.on_error"),
+        is_kind_known=kind is not None,
+        is_list=source is given,
+    )
 
 
-def _parse_detail(value: object, path: str) -> Detail:
-    if value is None or value == "auto":
-        return "auto"
-    if value == "low":
-        return "low"
-    if value == "high":
-        return "high"
+def _parse_on_error(value: object, path: str) -> OnError:
+    if value is None:
+        return "fail"
     if not isinstance(value, str):
         raise InvalidType("This must be a string.", param=path)
-    raise InvalidRequest(f"detail must be auto, low or high, not {quoted(value)}.", param=path)
+    for each in get_args(OnError):
+        if value == each:
+            said: OnError = each
+            return said
+    raise InvalidRequest(
+        f"on_error must be fail, skip or placeholder, not {quoted(value)}.", param=path
+    )
 
 
 def _object(value: object, path: str) -> Mapping[str, Any]:

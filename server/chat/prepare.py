@@ -9,13 +9,22 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, field
 from functools import partial
-from typing import Literal, TypeVar
+from typing import TypeVar, get_args
 
-from server.chat.parts import MediaPart, Message, parse_messages
+from server.chat.media import Attachments, LeftOut, MediaReader, MediaReport, Medium
+from server.chat.options import NO_OPTIONS, MediaOptions
+from server.chat.parts import (
+    MediaPart,
+    Message,
+    TextPart,
+    check_media_counts,
+    parse_messages,
+    with_parts,
+)
 from server.chat.template import ChatTemplate
 from server.chat.tokenizer import Tokenizer
 from server.config import MediaConfig
@@ -25,23 +34,9 @@ from server.core import (
     SamplingDefaults,
     SamplingParams,
     Tiles,
-    VisionInput,
     VisionSpec,
 )
-from server.decoding.pool import limits_of
-from server.errors import (
-    InvalidPrompt,
-    InvalidRequest,
-    MediaFileTooLarge,
-    PromptTooLong,
-    ServerError,
-    UnsupportedParameter,
-)
-from server.media.fetch import read_source
-from server.media.image import decode_image
-from server.media.video import decode_video
-from server.vision.frames import sample_times, video_tiles
-from server.vision.tiles import fit_to_tile, image_tiles
+from server.errors import InvalidPrompt, InvalidRequest, PromptTooLong, UnsupportedParameter
 
 MAX_BYTES_PER_CONTEXT_TOKEN = 16
 
@@ -88,6 +83,8 @@ class ChatRequest:
     num_choices: int = 1
     num_logprobs: int | None = None
     priority: int = 0
+    media_options: MediaOptions = NO_OPTIONS
+    visual_token_budget: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,86 +102,135 @@ class PromptUsage:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A request for the engine with the pixels beside it, and what its answer is cut with."""
+    """A request for the engine with the pixels beside it, and what its answer is cut with.
+
+    `reports` tell of each medium in the order of the request, with its place in `request.vision`.
+    """
 
     request: GenerationRequest
     tiles: tuple[Tiles, ...]
     stop: tuple[str, ...]
     usage: PromptUsage
+    reports: tuple[tuple[MediaReport, int | None], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class _Medium:
-    """A picture or video ready for the engine."""
+class _Prompt:
+    """Ids with the placeholders in them; the media in their order, with their first places."""
 
-    vision: VisionInput
-    tiles: Tiles
+    ids: tuple[int, ...]
+    media: tuple[Medium, ...] = ()
+    starts: tuple[int, ...] = ()
+    reports: tuple[tuple[MediaReport, int | None], ...] = ()
 
 
 class Preparer:
     """Turns chat requests into requests for the engine.
 
-    Whatever takes time runs in one of two pools of threads: prompts are rendered and encoded in
-    one, media are read, decoded and cut in the other, so that text never waits for a video.
+    Prompts are rendered and encoded in a thread of their own, so that text never waits for a video.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, template: ChatTemplate, *, facts: ModelFacts, media: MediaConfig
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        *,
+        facts: ModelFacts,
+        limits: MediaConfig,
+        media: MediaReader | None,
     ) -> None:
+        """`media` is None exactly for a text-only model."""
         self.facts = facts
         self.tokenizer = tokenizer
         self._template = template
+        self._limits = limits
         self._media = media
-        self._limits = limits_of(media)
         self._prompt_pool = ThreadPoolExecutor(1, thread_name_prefix="prompt")
-        self._media_pool = ThreadPoolExecutor(media.decode_processes, thread_name_prefix="media")
 
     def close(self) -> None:
-        """Drop what waits in the pools; what runs ends by itself."""
+        """Drop what waits for the thread; what runs ends by itself."""
         self._prompt_pool.shutdown(wait=False, cancel_futures=True)
-        self._media_pool.shutdown(wait=False, cancel_futures=True)
 
-    async def prepare(self, request: ChatRequest, *, request_id: str, tenant: str) -> Prepared:
+    async def prepare(
+        self,
+        request: ChatRequest,
+        *,
+        request_id: str,
+        tenant: str,
+        attachments: Attachments | None = None,
+    ) -> Prepared:
         """Everything that can be found wrong with a request before it is admitted is found here."""
-        messages = parse_messages(request.messages, self._media)
-        parts = [part for message in messages for part in message.media]
-        self._refuse_media_of_text_model(parts)
+        messages = parse_messages(request.messages, self._limits)
         self._check_text_bytes(messages)
-
-        # The prompt first: it is cheap, and a prompt that cannot be served saves the decoding.
-        ids = await _run(self._prompt_pool, partial(self._template.encode, messages))
-        self._check_context(len(ids), request.max_tokens)
-        media = await self._read_media(parts)
-        placeholder_ids: dict[MediaKind, int] = {
-            part.kind: self._template.placeholder_id(part.kind) for part in parts
-        }
-        prompt_ids, ordered, starts = _with_placeholders(ids, media, placeholder_ids)
-        max_tokens = self._check_context(len(prompt_ids), request.max_tokens)
+        prompt = await self._prompt(messages, request, tenant=tenant, attachments=attachments)
+        num_prompt_tokens = len(prompt.ids)
+        max_tokens = self._check_context(num_prompt_tokens, request.max_tokens)
+        media = prompt.media
         return Prepared(
             request=GenerationRequest(
                 request_id=request_id,
                 tenant=tenant,
-                prompt_ids=prompt_ids,
+                prompt_ids=prompt.ids,
                 sampling=self._sampling(request, max_tokens=max_tokens),
-                vision=tuple(medium.vision for medium in ordered),
-                vision_starts=starts,
+                vision=tuple(medium.vision for medium in media),
+                vision_starts=prompt.starts,
                 num_choices=request.num_choices,
                 priority=request.priority,
             ),
-            tiles=tuple(medium.tiles for medium in ordered),
+            tiles=tuple(medium.tiles for medium in media),
             stop=request.stop,
             usage=PromptUsage(
-                text_tokens=len(ids) - len(media),
-                image_tokens=_num_tokens(ordered, "image"),
-                video_tokens=_num_tokens(ordered, "video"),
+                text_tokens=num_prompt_tokens - sum(medium.vision.num_tokens for medium in media),
+                image_tokens=_num_tokens(media, "image"),
+                video_tokens=_num_tokens(media, "video"),
             ),
+            reports=prompt.reports,
         )
 
-    def _refuse_media_of_text_model(self, parts: Sequence[MediaPart]) -> None:
-        if parts and self.facts.vision is None:
+    async def _prompt(
+        self,
+        messages: tuple[Message, ...],
+        request: ChatRequest,
+        *,
+        tenant: str,
+        attachments: Attachments | None,
+    ) -> _Prompt:
+        parts = _media_of(messages)
+        if not parts:
+            return _Prompt(tuple(await self._encode(messages, request)))
+        if self._media is None:
             raise UnsupportedParameter(
                 f"This model takes no {parts[0].kind}s, only text.", param=parts[0].path
             )
+        reading = self._media.begin(tenant=tenant, attachments=attachments)
+        messages = with_parts(messages, await reading.kinds(parts))
+        parts = _media_of(messages)
+        check_media_counts(parts, self._limits)
+
+        # The prompt first: it is cheap, and a prompt that cannot be served saves the decoding.
+        ids = await self._encode(messages, request)
+        outcomes = await reading.read(
+            parts, request.media_options, token_budget=request.visual_token_budget
+        )
+        left_out = [each for each in outcomes if isinstance(each, LeftOut)]
+        if left_out:
+            notes = {each.part.path: _in_place_of(each.part) for each in left_out}
+            ids = await self._encode(with_parts(messages, notes), request)
+        media = [each for each in outcomes if isinstance(each, Medium)]
+        placeholder_ids = {
+            kind: self._template.placeholder_id(kind) for kind in get_args(MediaKind)
+        }
+        prompt_ids, ordered, starts = _with_placeholders(ids, media, placeholder_ids)
+        places = {medium.part.path: place for place, medium in enumerate(ordered)}
+        reports = tuple((each.report, places.get(each.part.path)) for each in outcomes)
+        return _Prompt(prompt_ids, tuple(ordered), starts, reports)
+
+    async def _encode(self, messages: Sequence[Message], request: ChatRequest) -> list[int]:
+        """The prompt's ids with one placeholder for each medium."""
+        encode = partial(self._template.encode, messages)
+        ids = await asyncio.get_running_loop().run_in_executor(self._prompt_pool, encode)
+        self._check_context(len(ids), request.max_tokens)
+        return ids
 
     def _check_text_bytes(self, messages: Sequence[Message]) -> None:
         """Refuse text that cannot fit whatever it says, without encoding it."""
@@ -219,55 +265,6 @@ class Preparer:
             )
         return max_tokens
 
-    async def _read_media(self, parts: Sequence[MediaPart]) -> list[_Medium]:
-        """All media at once. Of several faults the first in the request is told."""
-        fetched = await self._each(parts, [partial(self._fetch, part) for part in parts])
-        num_bytes = 0
-        for part, data in zip(parts, fetched, strict=True):
-            num_bytes += len(data)
-            if num_bytes > self._media.max_request_bytes:
-                raise MediaFileTooLarge(
-                    "The media of one request may have at most "
-                    f"{self._media.max_request_bytes} bytes together.",
-                    kind=part.kind,
-                    param=part.param,
-                )
-        return await self._each(
-            parts, [partial(self._cut, *pair) for pair in zip(parts, fetched, strict=True)]
-        )
-
-    async def _each(self, parts: Sequence[MediaPart], work: Sequence[Callable[[], _T]]) -> list[_T]:
-        """The results in order, or the first part's error with the place it belongs to."""
-        running = [_run(self._media_pool, one) for one in work]
-        outcomes = await asyncio.gather(*running, return_exceptions=True)
-        results: list[_T] = []
-        for part, outcome in zip(parts, outcomes, strict=True):
-            if isinstance(outcome, ServerError) and outcome.param is None:
-                outcome.param = part.param
-            if isinstance(outcome, BaseException):
-                raise outcome
-            results.append(outcome)
-        return results
-
-    def _fetch(self, part: MediaPart) -> bytes:
-        return read_source(part.source, self._media, kind=part.kind)
-
-    def _cut(self, part: MediaPart, data: bytes) -> _Medium:
-        """Decode and cut in one go, so that no full-size picture waits for its turn."""
-        spec = self.facts.vision
-        assert spec is not None  # media of text models were refused
-        if part.kind == "image":
-            detail: Literal["low", "high"] = "low" if part.detail == "low" else "high"
-            picture = decode_image(data, self._limits)
-            return _Medium(*image_tiles(picture.pixels, spec, detail=detail))
-        video = decode_video(
-            data,
-            self._limits,
-            sample_times=partial(sample_times, spec=spec),
-            fit=partial(fit_to_tile, spec=spec),
-        )
-        return _Medium(*video_tiles(video.frames, spec))
-
     def _sampling(self, request: ChatRequest, *, max_tokens: int) -> SamplingParams:
         defaults, neutral = self.facts.defaults, SamplingParams(max_tokens)
         if request.min_tokens > max_tokens:
@@ -300,8 +297,13 @@ class Preparer:
         )
 
 
-async def _run(pool: ThreadPoolExecutor, work: Callable[[], _T]) -> _T:
-    return await asyncio.get_running_loop().run_in_executor(pool, work)
+def _media_of(messages: Sequence[Message]) -> list[MediaPart]:
+    return [part for message in messages for part in message.media]
+
+
+def _in_place_of(part: MediaPart) -> TextPart | None:
+    """What stands where a medium was that its request can do without."""
+    return TextPart(f"[{part.kind} unavailable]") if part.on_error == "placeholder" else None
 
 
 def _first(asked: _T | None, default: _T | None, neutral: _T) -> _T:
@@ -311,23 +313,23 @@ def _first(asked: _T | None, default: _T | None, neutral: _T) -> _T:
     return neutral if default is None else default
 
 
-def _num_tokens(media: Sequence[_Medium], kind: MediaKind) -> int:
+def _num_tokens(media: Sequence[Medium], kind: MediaKind) -> int:
     return sum(medium.vision.num_tokens for medium in media if medium.vision.kind == kind)
 
 
 def _with_placeholders(
-    ids: Sequence[int], media: Sequence[_Medium], placeholder_ids: Mapping[MediaKind, int]
-) -> tuple[tuple[int, ...], list[_Medium], tuple[int, ...]]:
+    ids: Sequence[int], media: Sequence[Medium], placeholder_ids: Mapping[MediaKind, int]
+) -> tuple[tuple[int, ...], list[Medium], tuple[int, ...]]:
     """Each lone placeholder repeated as often as its medium has features.
 
     Media take the places of their placeholder in the order in which they came. Also returned: the
     media in the order of the prompt, and where each one's placeholders start.
     """
-    waiting: dict[int, deque[_Medium]] = {token: deque() for token in placeholder_ids.values()}
+    waiting: dict[int, deque[Medium]] = {token: deque() for token in placeholder_ids.values()}
     for medium in media:
         waiting[placeholder_ids[medium.vision.kind]].append(medium)
     prompt: list[int] = []
-    ordered: list[_Medium] = []
+    ordered: list[Medium] = []
     starts: list[int] = []
     for token_id in ids:
         if token_id not in waiting:

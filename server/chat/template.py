@@ -343,7 +343,7 @@ class ChatTemplate:
         probes = {name: f"{_PROBE}{name}" for name in Hints.__dataclass_fields__}
         shown: frozenset[str] = frozenset()
         for hints in (Hints(), Hints(**probes)):
-            part = MediaPart(kind, "", "auto", hints, param="", path="")
+            part = MediaPart(kind, ("",), param="", path="", hints=hints)
             message = Message("user", (part, TextPart(f"{_PROBE}text")))
             rendered = self._rendered_or_none(way, [message], hide=lambda text: text)
             if (

@@ -40,13 +40,15 @@ class Delta:
 
     `num_tokens` counts the tokens generated since the choice's delta before, ends included, so that
     the sum over all deltas is the usage; `num_cached_tokens` likewise, of the prompt's that were
-    not computed again. `chances` are of the tokens whose text is complete with this piece.
+    not computed again. One delta has the `encode_times_s` of the prompt's media. `chances` are of
+    the tokens whose text is complete with this piece.
     """
 
     text: str
     finish_reason: FinishReason | None
     num_tokens: int
     num_cached_tokens: int = 0
+    encode_times_s: tuple[float, ...] = ()
     choice: int = 0
     chances: tuple[TokenChance, ...] = ()
 
@@ -271,6 +273,7 @@ class _Choice:
         self._detokenizer = Detokenizer(tokenizer, stop)
         self._num_tokens = 0
         self._num_cached_tokens = 0
+        self._encode_times_s: tuple[float, ...] = ()
         self._shown = 0
         self._held_chances: deque[tuple[int, int, TokenChance]] = deque()  # start, end, chance
         self.num_generated = 0
@@ -278,6 +281,7 @@ class _Choice:
     def take(self, event: TokenEvent, *, min_tokens: int) -> Delta | None:
         """The delta that an event completes, if any; after the last one nothing may be taken."""
         self._num_cached_tokens += event.num_cached_tokens
+        self._encode_times_s += event.encode_times_s
         text = ""
         if event.token_id is not None:
             self._num_tokens += 1
@@ -316,10 +320,12 @@ class _Choice:
             reason,
             self._num_tokens,
             self._num_cached_tokens,
+            self._encode_times_s,
             self._number,
             tuple(chances),
         )
         self._num_tokens = self._num_cached_tokens = 0
+        self._encode_times_s = ()
         return delta
 
     def _is_kept(self, start: int) -> bool:

@@ -92,20 +92,27 @@ class Admissions:
         self, request: GenerationRequest, *, num_tile_bytes: int, kv_tokens: int
     ) -> Shortage | None:
         """Why the request cannot be admitted. An empty queue takes anything that can run."""
+        too_many = self.too_many(request.tenant, request.num_choices)
+        if too_many is not None:
+            return too_many
         num_tokens = self._waiting_prompt_tokens + len(request.prompt_ids)
-        num_of_tenant = self._num_of_tenant[request.tenant]
-        if (
-            self._max_per_tenant is not None
-            and num_of_tenant
-            and num_of_tenant + request.num_choices > self._max_per_tenant
-        ):
-            return "key_requests"
-        if self._num_waiting and self._num_waiting + request.num_choices > self._max_waiting:
-            return "waiting_requests"
         if self._num_waiting and num_tokens > MAX_WAITING_CAPACITIES * kv_tokens:
             return "waiting_prompt_tokens"
         if self._num_waiting and self._waiting_tile_bytes + num_tile_bytes > MAX_WAITING_TILE_BYTES:
             return "waiting_tile_bytes"
+        return None
+
+    def too_many(self, tenant: str, num_choices: int) -> Shortage | None:
+        """What of `shortage` is known of a request before anything is done for it."""
+        num_of_tenant = self._num_of_tenant[tenant]
+        if (
+            self._max_per_tenant is not None
+            and num_of_tenant
+            and num_of_tenant + num_choices > self._max_per_tenant
+        ):
+            return "key_requests"
+        if self._num_waiting and self._num_waiting + num_choices > self._max_waiting:
+            return "waiting_requests"
         return None
 
     def enter(self, admitted: Admitted) -> None:

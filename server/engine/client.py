@@ -17,7 +17,7 @@ from typing import Protocol
 
 from server.config import EngineConfig, ModelConfig
 from server.core import GenerationRequest, Tiles, TokenEvent, VisionSpec
-from server.engine.admission import Admissions, Admitted
+from server.engine.admission import Admissions, Admitted, Shortage
 from server.engine.facts import STEP_BOUNDS_S, EngineFacts, EngineStats, EngineStatus, QueueStats
 from server.engine.messages import Abort, Start, encode, submit_frames
 from server.engine.process import ENTRY_MODULE, EngineProcess, RestartPolicy
@@ -142,6 +142,9 @@ class Engine(Protocol):
     async def stop(self) -> None:
         """End every stream with an error event and the engine process with them."""
 
+    def check_room(self, tenant: str, num_choices: int) -> None:
+        """Raise what `submit` would now, as far as that is known before a request is prepared."""
+
     async def submit(self, request: GenerationRequest, tiles: Sequence[Tiles]) -> TokenStream:
         """Admit the request or raise a ServerError; `tiles[i]` are those of `request.vision[i]`."""
 
@@ -231,6 +234,9 @@ class EngineClient:
         self._end_all("shutting_down")
         await self._process.stop()
         self._end_all("shutting_down")
+
+    def check_room(self, tenant: str, num_choices: int) -> None:
+        self._refuse(self._requests.too_many(tenant, num_choices))
 
     async def submit(self, request: GenerationRequest, tiles: Sequence[Tiles]) -> TokenStream:
         facts = self._ready_facts()
@@ -334,6 +340,9 @@ class EngineClient:
         shortage = self._requests.shortage(
             request, num_tile_bytes=num_tile_bytes, kv_tokens=facts.kv_tokens
         )
+        self._refuse(shortage)
+
+    def _refuse(self, shortage: Shortage | None) -> None:
         if shortage is not None:
             self._metrics.count_rejection(shortage)
             raise RateLimited if shortage == "key_requests" else Unavailable

@@ -27,7 +27,8 @@ class Encoding:
     Each tile passes through `stages_per_tile` stages, one tile after another; `num_stages_encoded`
     counts the stages of all of them. `partial[i]` is how many stages tile i has passed and what it
     has become, `features[i]` what the model made of it in the end, `embeds` what all tiles make
-    together and what replaces their features; only the runner looks inside.
+    together and what replaces their features; only the runner looks inside. `encode_s` is the time
+    that was spent on all of it so far.
     """
 
     key: Key
@@ -38,6 +39,7 @@ class Encoding:
     partial: dict[int, tuple[int, Tensor]] = field(default_factory=dict)
     features: dict[int, Tensor] = field(default_factory=dict)
     embeds: Tensor | None = None
+    encode_s: float = 0.0
     is_forgotten: bool = False
 
     @property

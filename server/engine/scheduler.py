@@ -364,6 +364,7 @@ class Scheduler:
             self.counts.num_prefix_tokens_hit += num_shared
         for medium in media:
             medium.encoding = self.encoder_cache.acquire(tenant, medium.vision)
+            medium.encode_s -= medium.encoding.encode_s  # what was spent before is not its own
         return True
 
     def _new_tile_bytes(self, sequence: Sequence) -> int:
@@ -512,6 +513,9 @@ class Scheduler:
             token_id,
             reason,
             num_cached_tokens=(sequence.num_cached or 0) if is_telling else 0,
+            encode_times_s=(
+                tuple(medium.encode_s for medium in sequence.media) if is_telling else ()
+            ),
             choice=sequence.choice,
             logprobs=logprobs,
             prompt_logprobs=(
@@ -556,5 +560,6 @@ class Scheduler:
 
     def _release_encoding(self, medium: Medium) -> None:
         if medium.encoding is not None:
+            medium.encode_s += medium.encoding.encode_s
             self.encoder_cache.release(medium.encoding)
             medium.encoding = None

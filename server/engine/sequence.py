@@ -39,13 +39,15 @@ class TokenMask(Protocol):
 class Medium:
     """One picture or video of a sequence. Its placeholders are the positions [start, stop).
 
-    `encoding` is held from when the sequence joins until those positions are computed.
+    `encoding` is held from when the sequence joins until those positions are computed. `encode_s`
+    is how long the medium was encoded in the times it was held before.
     """
 
     vision: VisionInput
     start: int
     tiles: Tiles
     encoding: Encoding | None = None
+    encode_s: float = 0.0
 
     @property
     def stop(self) -> int:

@@ -28,6 +28,9 @@ class MediaFile:
         self.num_bytes = num_bytes
         self.digest = digest
 
+    def __del__(self) -> None:
+        self._file.close()
+
     @classmethod
     def of_bytes(cls, data: bytes) -> MediaFile:
         writer = MediaFileWriter()
@@ -62,14 +65,20 @@ class MediaFileWriter:
 
     def __init__(self, folder: Path | None = None) -> None:
         """None is memory."""
+        self._is_finished = True  # until there is something to close
         if folder is None:
             descriptor = os.memfd_create("media", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             self._file: BinaryIO = os.fdopen(descriptor, "r+b", buffering=0)
         else:
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        self._is_finished = False
         self._is_memory = folder is None
         self._digest = hashlib.sha256()
         self.num_bytes = 0
+
+    def __del__(self) -> None:
+        if not self._is_finished:
+            self._file.close()
 
     def write(self, data: bytes | memoryview) -> None:
         """Blocks for as long as the disk does, where the file is on one."""
@@ -90,4 +99,5 @@ class MediaFileWriter:
             # Opened again, so that whoever is given the descriptor cannot write through it.
             file = open(f"/proc/self/fd/{self._file.fileno()}", "rb", buffering=0)  # noqa: SIM115
             self._file.close()
+        self._is_finished = True  # the file is no longer this object's to close
         return MediaFile(file, num_bytes=self.num_bytes, digest=self._digest.hexdigest())

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from server.errors import MediaError, MediaTooLarge, UnsupportedMediaType
+from server.media.formats import sniff_image
 from server.media.limits import DecodeLimits
 
 Size: TypeAlias = tuple[int, int]
@@ -55,21 +56,6 @@ _ADAM7: Final = (
     (1, 0, 2, 2),
     (0, 1, 1, 2),
 )
-
-
-def sniff_image(data: bytes) -> str | None:
-    """Pillow's name of the format that the first bytes announce, among those accepted."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return "WEBP"
-    if data.startswith((b"GIF87a", b"GIF89a")):
-        return "GIF"
-    if data.startswith(b"BM"):
-        return "BMP"
-    return None
 
 
 @dataclass(frozen=True, slots=True)

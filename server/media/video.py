@@ -32,6 +32,7 @@ from av.stream import Discard, Disposition
 from PIL import Image
 
 from server.errors import MediaError, MediaTooLarge, ServerError, UnsupportedMediaType
+from server.media.formats import sniff_video
 from server.media.image import decode_image, probe_image
 from server.media.limits import DecodeLimits
 
@@ -44,8 +45,6 @@ Fit: TypeAlias = Callable[[Image.Image], Image.Image]
 _Packet: TypeAlias = "av.Packet[av.VideoStream]"
 _T = TypeVar("_T")
 
-_STILL_BRANDS: Final = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"avif", b"crx ")
-_MOV_ATOMS: Final = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp")
 _CODECS: Final = {"h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "mpeg4", "mjpeg", "gif"}
 _INPUT_OPTIONS: Final = {
     # Without these FFmpeg probes playlist-like bytes into demuxers that open files and sockets.
@@ -79,19 +78,6 @@ class ProbedVideo:
     size: tuple[int, int]
     duration_s: float
     num_frames: int
-
-
-def sniff_video(data: bytes) -> str | None:
-    """FFmpeg's name of the container that the first bytes announce, among those accepted."""
-    if data[4:8] in _MOV_ATOMS:
-        return None if data[4:12].startswith(b"ftyp") and data[8:12] in _STILL_BRANDS else "mov"
-    if data.startswith(b"\x1a\x45\xdf\xa3"):
-        return "matroska"
-    if data.startswith(b"RIFF") and data[8:12] == b"AVI ":
-        return "avi"
-    if data.startswith((b"GIF87a", b"GIF89a")):
-        return "gif"
-    return None
 
 
 def decode_video(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -20,6 +20,8 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.metrics_core import Metric
 
 __all__ = ["MEDIA_TYPE", "Metric", "Metrics", "counter", "gauge", "histogram", "info", "one_of"]
+
+MEDIA_STAGE_BOUNDS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 MEDIA_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
@@ -54,6 +56,27 @@ class Metrics:
             "Top-level fields of requests that nobody knows and that were ignored.",
             registry=self._registry,
         )
+
+        self._media = Counter(
+            "hcx_media",
+            "Pictures and videos of prepared requests: hit (finished pixels were there), bytes "
+            "(the file was), miss, or the error's code of one that was left out.",
+            ["kind", "outcome"],
+            registry=self._registry,
+        )
+        self._media_stages = Histogram(
+            "hcx_media_stage_seconds",
+            "How long a picture or video took to fetch, decode, cut into tiles and encode.",
+            ["kind", "stage"],
+            buckets=MEDIA_STAGE_BOUNDS_S,
+            registry=self._registry,
+        )
+
+    def count_medium(self, kind: str, outcome: str) -> None:
+        self._media.labels(kind, outcome).inc()
+
+    def observe_media_stage(self, kind: str, stage: str, seconds: float) -> None:
+        self._media_stages.labels(kind, stage).observe(seconds)
 
     def count_http_request(self, status: int) -> None:
         self._http_requests.labels(str(status)).inc()

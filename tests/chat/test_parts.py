@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from server.chat.options import MediaOptions
 from server.chat.parts import (
     HINT_FIELDS,
     PART_TYPES,
@@ -28,8 +29,9 @@ def user(content: Any) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
 
-def media(kind: Any, *, detail: Any = "auto", param: str, path: str = f"{P}[0]") -> MediaPart:
-    return MediaPart(kind, "AAAA", detail, Hints(), param=param, path=path)
+def media(kind: Any, *, detail: Any = None, param: str, path: str = f"{P}[0]", **more: Any) -> Any:
+    more = {"sources": ("AAAA",), "options": MediaOptions(detail=detail), **more}
+    return MediaPart(kind, param=param, path=path, **more)
 
 
 PARTS: list[tuple[dict[str, Any], Any]] = [
@@ -53,7 +55,47 @@ PARTS: list[tuple[dict[str, Any], Any]] = [
     ),
     ({"type": "video_url", "video_url": "AAAA"}, media("video", param=f"{P}[0].video_url")),
     ({"type": "image", "image": "AAAA"}, media("image", param=f"{P}[0].image")),
+    (
+        {"type": "image_url", "image_url": {"url": "AAAA", "detail": "auto"}},
+        media("image", detail="auto", param=f"{P}[0].image_url.url"),
+    ),
     ({"type": "video", "video": "AAAA"}, media("video", param=f"{P}[0].video")),
+    (
+        {"type": "video", "video": ["AAAA", "BBBB"]},
+        media("video", sources=("AAAA", "BBBB"), is_list=True, param=f"{P}[0].video"),
+    ),
+    (
+        {"type": "file", "file": {"file_id": "AAAA"}},
+        media("image", is_kind_known=False, param=f"{P}[0].file.file_id"),
+    ),
+    (
+        {"type": "file", "file": {"file_data": "AAAA", "filename": "사진.png"}},
+        media(
+            "image",
+            is_kind_known=False,
+            hints=Hints(filename="사진.png"),
+            param=f"{P}[0].file.file_data",
+        ),
+    ),
+    ({"type": "input_text", "text": "안녕"}, TextPart("안녕")),
+    (
+        {"type": "input_image", "image_url": "AAAA", "detail": "high"},
+        media("image", detail="high", param=f"{P}[0].image_url"),
+    ),
+    ({"type": "input_image", "file_id": "AAAA"}, media("image", param=f"{P}[0].file_id")),
+    (
+        {"type": "input_file", "file_id": "AAAA"},
+        media("image", is_kind_known=False, param=f"{P}[0].file_id"),
+    ),
+    (
+        {"type": "input_file", "file_data": "AAAA", "filename": "a.mp4"},
+        media(
+            "image",
+            is_kind_known=False,
+            hints=Hints(filename="a.mp4"),
+            param=f"{P}[0].file_data",
+        ),
+    ),
 ]
 
 
@@ -67,7 +109,7 @@ def test_parts(value: dict[str, Any], part: Any) -> None:
     assert parse(user(content)) == (Message("user", (part, TextPart("What is it?"))),)
 
 
-@pytest.mark.parametrize("value", [value for value, _ in PARTS if value["type"] != "text"])
+@pytest.mark.parametrize("value", [value for value, _ in PARTS if "text" not in value])
 def test_every_medium_takes_every_hint(value: dict[str, Any]) -> None:
     hints = {name: f"about {name}" for name in HINT_FIELDS}
     (message,) = parse(user([value | hints]))

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from server.errors import MediaError, MediaTooLarge, UnsupportedMediaType
-from server.media.image import decode_image, sniff_image, to_rgb
+from server.media.formats import sniff_image
+from server.media.image import decode_image, to_rgb
 from tests.limits import limits
 
 CONFIG = limits()

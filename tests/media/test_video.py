@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from server.errors import MediaError, MediaTooLarge, UnsupportedMediaType
+from server.media.formats import sniff_video
 from server.media.limits import DecodeLimits
-from server.media.video import DecodedVideo, choose_frames, decode_video, sniff_video
+from server.media.video import DecodedVideo, choose_frames, decode_video
 from tests.clips import (
     SIZE,
     changing_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import time
 
 import pytest
@@ -16,8 +17,16 @@ from server.errors import (
     InvalidMediaUrl,
     MediaError,
     MediaFileTooLarge,
+    MediaTooLarge,
 )
-from server.media.fetch import read_source
+from server.media.inline import (
+    SourceForm,
+    SourceKind,
+    frame_list,
+    is_frame_list,
+    read_source,
+    source_form,
+)
 
 CONFIG = MediaConfig()
 DATA = bytes(range(256)) * 3 + b"\xfb\xef\xff"
@@ -160,9 +169,96 @@ def test_a_plain_jpeg_is_not_taken_for_a_path() -> None:
     assert read_source(source, CONFIG, kind="image") == data
 
 
-def test_frame_lists_are_refused_by_name() -> None:
-    with pytest.raises(InvalidMediaUrl, match="frames"):
-        read_source("data:video/jpeg;base64,QUJD,QUJD", CONFIG, kind="video")
+JPEG = base64.b64encode(b"\xff\xd8\xff\xe0 one").decode()
+
+
+@pytest.mark.parametrize(
+    ("source", "form"),
+    [
+        ("http://example.com/cat.png", "url"),
+        (" HTTPS://EXAMPLE.COM/\n", "url"),
+        ("http:", "url"),
+        ("file:///pictures/cat.png", "local"),
+        ("FILE:cat", "local"),
+        ("/pictures/cat.png", "local"),
+        ("//example.com/cat", "local"),
+        ("./cat.png", "local"),
+        ("../cat.png", "local"),
+        ("~/cat.png", "local"),
+        ("attachment:photo", "attachment"),
+        ("file-abcdEFGH", "file_id"),
+        ("file-" + "a" * 64, "file_id"),
+        ("file-" + "a" * 65, "inline"),
+        ("file-short", "inline"),
+        ("file-abcdefgé", "inline"),
+        ("file-abcd_efgh", "inline"),
+        (JPEG, "inline"),
+        (STANDARD, "inline"),
+        (f"data:image/png;base64,{STANDARD}", "inline"),
+        ("", "inline"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_the_form_of_a_source(source: str, form: SourceForm, kind: SourceKind) -> None:
+    assert source_form(source, kind=kind) == form
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["ftp://example.com/x", "gopher://127.0.0.1:6379/_x", "javascript:alert(1)", ":x", "cat.png"],
+)
+def test_a_source_without_a_form(source: str) -> None:
+    with pytest.raises(InvalidMediaUrl) as caught:
+        source_form(source, kind="video")
+    assert caught.value.code == "invalid_video_url"
+
+
+@pytest.mark.parametrize(
+    ("source", "is_list"),
+    [
+        ("data:video/jpeg;base64,QUJD,QUJD", True),
+        (" DATA:Video/JPEG ;x=y;base64,QUJD", True),
+        ("data:video/mp4;base64,QUJD", False),
+        ("data:image/jpeg;base64,QUJD", False),
+        ("video/jpeg", False),
+        ("", False),
+    ],
+)
+def test_frame_lists_are_told_apart(source: str, is_list: bool) -> None:
+    assert is_frame_list(source) is is_list
+    if is_list:
+        assert source_form(source, kind="video") == "frames"
+        assert source_form(source, kind="image") == "inline"  # the type declared decides nothing
+        with pytest.raises(InvalidMediaUrl):
+            read_source(source, CONFIG, kind="video")
+
+
+@given(frames=st.lists(st.binary(min_size=1, max_size=20), min_size=1, max_size=5))
+def test_frames_come_in_order(frames: list[bytes]) -> None:
+    texts = [base64.b64encode(frame).decode() for frame in frames]
+    assert frame_list("data:video/jpeg;base64," + ",\n".join(texts), CONFIG) == frames
+
+
+def test_limits_of_a_frame_list() -> None:
+    config = MediaConfig(max_video_bytes=6, max_video_frames_decoded=3)
+    prefix = "data:video/jpeg;base64,"
+    assert frame_list(prefix + "QUJD,QUJD", config) == [b"ABC", b"ABC"]
+    assert len(frame_list(prefix + "QQ,QQ,QQ", config)) == 3
+    for payload, error in [
+        ("QUJD,QUJD,QQ", MediaFileTooLarge),
+        ("QUJDQUJDQUJD", MediaFileTooLarge),
+        ("QQ,QQ,QQ,QQ", MediaTooLarge),
+        ("QUJD,", InvalidBase64),
+        ("QUJD,,QUJD", InvalidBase64),
+        (",", InvalidBase64),
+        ("QUJD,QUJ$", InvalidBase64),
+        ("", EmptyMediaFile),
+    ]:
+        with pytest.raises(MediaError) as caught:
+            frame_list(prefix + payload, config)
+        assert type(caught.value) is error and caught.value.kind == "video", payload
+    with pytest.raises(InvalidBase64):
+        frame_list("data:video/jpeg,QUJD", config)
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
@@ -194,4 +290,6 @@ def test_long_strings_take_linear_time(unit: str) -> None:
             read_source(source, CONFIG, kind="video")
         except MediaError:
             continue
+    with contextlib.suppress(MediaError):
+        frame_list("data:video/jpeg;base64," + text, CONFIG)
     assert time.perf_counter() - began < 5
