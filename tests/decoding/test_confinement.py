@@ -36,7 +36,10 @@ async def outcome(module: str, deed: str) -> str:
 
 DENIED = "PermissionError"
 GONE = "FileNotFoundError"
-COUNTED = "3 descriptors, variables MKL_NUM_THREADS OMP_NUM_THREADS OPENBLAS_NUM_THREADS PYTHONPATH"
+COUNTED = (
+    "3 descriptors, "
+    "variables LC_CTYPE MKL_NUM_THREADS OMP_NUM_THREADS OPENBLAS_NUM_THREADS PYTHONPATH"
+)
 TOO_SLOW = MediaTooLarge.__name__
 
 
