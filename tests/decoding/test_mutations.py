@@ -1,4 +1,4 @@
-"""Damaged files of every accepted kind through real decoders: tiles, or an error of the contract."""
+"""Damaged files of every accepted kind through real decoders: tiles or a known error, always."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from server.errors import MediaError, MediaTooLarge, UnsupportedMediaType
 from server.media.formats import sniff_image
-from server.media.image import decode_image, to_rgb
+from server.media.image import decode_image, probe_image, to_rgb
 from tests.limits import limits
 
 CONFIG = limits()
@@ -457,3 +457,80 @@ def test_the_colour_profile_is_ignored() -> None:
     picture = Image.new("RGB", (1, 1), (12, 200, 90))
     with_profile = saved(picture, "PNG", icc_profile=b"not even a profile")
     assert decoded(with_profile) == [(12, 200, 90)]
+
+
+# Reduced scales and headers.
+
+
+def smooth(size: tuple[int, int]) -> Image.Image:
+    small = np.random.default_rng(8).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize(
+    ("needed", "scale"),
+    [((100, 80), 4), ((101, 80), 2), ((100, 76), 4), ((200, 160), 2), ((201, 10), 1), ((1, 1), 8)],
+)
+@pytest.mark.parametrize("orientation", [1, 3, 6, 7])
+def test_a_large_jpeg_is_decoded_at_a_reduced_scale(
+    needed: tuple[int, int], scale: int, orientation: int
+) -> None:
+    """Never below twice what is needed, in either direction of the upright picture."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = (800, 640) if orientation < 5 else (640, 800)
+    for mode in ("RGB", "CMYK", "L"):
+        data = saved(smooth(stored).convert(mode), "JPEG", exif=exif, quality=95)
+        full = decode_image(data, CONFIG)
+        reduced = decode_image(data, CONFIG, needed_size=lambda size: needed)
+        assert full.size == full.pixels.size == reduced.size == (800, 640)
+        assert reduced.pixels.size == (800 // scale, 640 // scale)
+        expected = np.asarray(full.pixels.resize(reduced.pixels.size, Image.Resampling.BOX))
+        difference = np.abs(np.asarray(reduced.pixels).astype(int) - expected)
+        assert difference.mean() < 2
+
+
+def test_only_a_jpeg_is_reduced_and_only_if_allowed() -> None:
+    picture = smooth((800, 640))
+    assert decode_image(
+        saved(picture, "JPEG"), limits(jpeg_reduced_scale=False), needed_size=lambda size: (1, 1)
+    ).pixels.size == (800, 640)
+    for image_format in ("PNG", "WEBP", "BMP"):
+        data = saved(picture, image_format)
+        assert decode_image(data, CONFIG, needed_size=lambda size: (1, 1)).pixels.size == (800, 640)
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 3, 5, 8])
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_the_header_tells_the_upright_size(image_format: str, orientation: int | None) -> None:
+    options: dict[str, object] = {}
+    if orientation is not None and image_format in ("JPEG", "PNG", "WEBP"):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options["exif"] = exif
+    data = saved(Image.new("RGB", (40, 24)), image_format, **options)
+    size = probe_image(data, CONFIG)
+    assert size == decode_image(data, CONFIG).size
+    assert size == ((24, 40) if options and orientation in (5, 8) else (40, 24))
+
+
+def test_metadata_behind_the_pixels_of_a_png_counts() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = saved(Image.new("RGB", (40, 24)), "PNG", exif=exif)
+    start = data.index(b"eXIf") - 4
+    stop = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    moved = data[:start] + data[stop:-12] + data[start:stop] + data[-12:]
+    assert probe_image(moved, CONFIG) == decode_image(moved, CONFIG).size == (24, 40)
+
+
+def test_headers_are_held_to_the_same_limits() -> None:
+    with pytest.raises(MediaTooLarge, match="pixels"):
+        probe_image(header_only(8000, 5001), CONFIG)
+    with pytest.raises(MediaTooLarge, match="pixels"):
+        probe_image(header_only(20_000, 20_000), CONFIG)
+    with pytest.raises(UnsupportedMediaType):
+        probe_image(b"%PDF-1.7", CONFIG)
+    with pytest.raises(MediaError, match="damaged"):
+        probe_image(b"\x89PNG\r\n\x1a\n" + bytes(50), CONFIG)
+    assert probe_image(header_only(4000, 3000), CONFIG) == (4000, 3000)

@@ -23,7 +23,14 @@ from PIL import Image
 from server.errors import MediaError, MediaTooLarge, UnsupportedMediaType
 from server.media.formats import sniff_video
 from server.media.limits import DecodeLimits
-from server.media.video import DecodedVideo, choose_frames, decode_video
+from server.media.video import (
+    DecodedVideo,
+    choose_frames,
+    decode_frame_list,
+    decode_video,
+    probe_frame_list,
+    probe_video,
+)
 from tests.clips import (
     SIZE,
     changing_size,
@@ -625,3 +632,119 @@ def test_nothing_of_ffmpeg_is_printed(capfd: pytest.CaptureFixture[str]) -> None
     decoded(damaged(clip(20), numbers=[3, 4]))
     captured = capfd.readouterr()
     assert captured.out == captured.err == ""
+
+
+# Lists of frames, and what is known without decoding.
+
+
+def listed(count: int) -> list[bytes]:
+    formats = ("JPEG", "PNG", "WEBP", "BMP")
+    return [saved(numbered_frame(index), formats[index % 4]) for index in range(count)]
+
+
+def saved(picture: Image.Image, image_format: str) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, image_format)
+    return file.getvalue()
+
+
+def of_list(
+    frames: list[bytes],
+    moments: list[float],
+    *,
+    fps: float = 1.0,
+    config: DecodeLimits = CONFIG,
+) -> DecodedVideo:
+    return decode_frame_list(
+        frames, config, fps=fps, sample_times=lambda _: moments, fit=lambda frame: frame
+    )
+
+
+def test_a_list_of_frames_is_a_video() -> None:
+    video = of_list(listed(8), [0.5, 1.0, 1.9, 7.5, 99.0])
+    assert numbers(video) == [0, 1, 7]
+    assert (video.times_s, video.duration_s, video.size) == ((0.0, 1.0, 7.0), 8.0, SIZE)
+    video = of_list(listed(8), [0.5, 1.0, 1.9, 7.5], fps=2.0)
+    assert (numbers(video), video.times_s, video.duration_s) == (
+        [1, 2, 3, 7],
+        (0.5, 1, 1.5, 3.5),
+        4,
+    )
+
+
+def test_listed_frames_that_are_not_chosen_are_not_decoded() -> None:
+    frames = listed(4)
+    frames[2] = b"no picture at all"
+    assert numbers(of_list(frames, [0.0, 1.0, 3.0])) == [0, 1, 3]
+    with pytest.raises(UnsupportedMediaType, match="Frame 3 of the video") as caught:
+        of_list(frames, [0.0, 2.0])
+    assert caught.value.code == "unsupported_video_media_type"
+    frames[2] = frames[0][:-100]
+    with pytest.raises(MediaError, match="Frame 3 of the video") as damage:
+        of_list(frames, [0.0, 2.0])
+    assert damage.value.code == "video_parse_error"
+
+
+def test_listed_frames_of_other_sizes_take_the_first_ones() -> None:
+    frames = listed(4)
+    frames[1] = saved(numbered_frame(1, scale=3), "PNG")
+    video = of_list(frames, [0.0, 1.0, 2.0])
+    assert {frame.size for frame in video.frames} == {SIZE} and numbers(video) == [0, 1, 2]
+
+
+def test_limits_of_lists() -> None:
+    frames = listed(6)
+    moments = [0.0, 1.0, 2.0]
+    for field, value, said in (
+        ("max_video_pixels", 48 * 32 - 1, "pixels"),
+        ("max_video_duration_s", 5.9, "lasts 6.0 s"),
+        ("max_video_packets", 5, "more than 5 packets"),
+        ("max_video_frames_decoded", 2, "limit of 2"),
+        ("video_decode_timeout_s", 1e-9, "longer to decode"),
+    ):
+        with pytest.raises(MediaTooLarge, match=said) as caught:
+            of_list(frames, moments, config=limits(**{field: value}))
+        assert caught.value.code == "video_too_large"
+    with pytest.raises(MediaError, match="no frames"):
+        of_list([], moments)
+
+
+@pytest.mark.parametrize(
+    ("window", "count"),
+    [((0.0, 10.0), 20), ((0.0, 0.0), 1), ((2.0, 4.0), 4), ((2.2, 4.2), 5), ((9.9, 10.0), 1)],
+)
+@pytest.mark.parametrize("container", ["mp4", "matroska", "avi", "gif"])
+def test_probing(window: tuple[float, float], count: int, container: str) -> None:
+    """Each frame of the window counts that a moment within it can show."""
+    data = clip(20, container=container, codec="gif" if container == "gif" else "mpeg4")
+    asked: list[float] = []
+
+    def wanted(duration_s: float) -> tuple[float, float]:
+        asked.append(duration_s)
+        return window
+
+    video = probe_video(data, CONFIG, window=wanted)
+    assert (video.size, video.duration_s, video.num_frames) == (SIZE, 10.0, count)
+    assert asked == [10.0]
+    moments = np.linspace(*window, 200, endpoint=False).tolist()
+    assert len(decoded_at(data, moments).frames) == count
+    frames = probe_frame_list(listed(20), CONFIG, fps=2.0, window=wanted)
+    assert frames == video
+
+
+def test_probing_is_held_to_the_same_limits() -> None:
+    for field, value in (
+        ("max_video_pixels", 48 * 32 - 1),
+        ("max_video_duration_s", 9.9),
+        ("max_video_packets", 19),
+    ):
+        with pytest.raises(MediaTooLarge):
+            probe_video(clip(20), limits(**{field: value}), window=lambda end_s: (0.0, end_s))
+    # no frame is decoded
+    unlimited = limits(max_video_frames_decoded=1)
+    assert probe_video(clip(20), unlimited, window=lambda end_s: (0.0, end_s)).num_frames == 20
+
+
+def test_probing_without_usable_times() -> None:
+    video = probe_video(motion_jpeg([0, 500, 500, 1000]), CONFIG, window=lambda end_s: (0.0, end_s))
+    assert video.num_frames == 4

@@ -6,6 +6,7 @@ import itertools
 import math
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from server.core import VisionSpec
+from server.errors import InvalidRequest
 from server.media.video import decode_video
-from server.vision.frames import frame_queries, sample_times, video_tiles
+from server.vision.frames import (
+    frame_queries,
+    sample_times,
+    video_layout,
+    video_tiles,
+    wanted_window,
+)
 from server.vision.tiles import fit_to_tile
 from tests.clips import clip
 from tests.limits import limits
@@ -185,3 +193,84 @@ def test_the_digest() -> None:
         video_tiles(frames(11), replace(SPEC, image_std=(0.4, 0.5, 0.5)))[0],
     ]
     assert len({variant.digest for variant in variants}) == len(variants)
+
+
+# What a request may ask for.
+
+seconds = st.floats(0, 5000)
+
+
+@given(
+    duration_s=seconds,
+    fps=st.none() | st.floats(0.01, 100),
+    num_frames=st.none() | st.integers(1, 400),
+    max_frames=st.none() | st.integers(1, 400),
+    start_s=st.none() | seconds,
+    length_s=st.none() | seconds,
+)
+def test_whatever_is_asked_for_lies_in_the_window_and_within_the_limits(
+    duration_s: float,
+    fps: float | None,
+    num_frames: int | None,
+    max_frames: int | None,
+    start_s: float | None,
+    length_s: float | None,
+) -> None:
+    end_s = None if length_s is None else (start_s or 0.0) + length_s
+    times = partial(
+        sample_times,
+        duration_s,
+        SPEC,
+        fps=fps,
+        num_frames=num_frames,
+        max_frames=max_frames,
+        start_s=start_s,
+        end_s=end_s,
+    )
+    if start_s and start_s >= duration_s:
+        with pytest.raises(InvalidRequest, match="start_s"):
+            times()
+        return
+    first, last = wanted_window(duration_s, start_s=start_s, end_s=end_s)
+    assert 0 <= first <= last <= duration_s
+    moments = times()
+    assert moments == sorted(moments)
+    assert all(first <= moment <= last for moment in moments)
+    limit = min(108, max_frames or 108)
+    if num_frames is not None:
+        assert len(moments) == min(num_frames, limit)
+    else:
+        wanted = (last - first) * (fps or 2.5)
+        assert abs(len(moments) - min(max(wanted, 1), limit)) < 1 + 1e-3
+        assert len(moments) <= max(wanted, 1) + 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"fps": 1.0}, [0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5, 8.5, 9.5]),
+        ({"fps": 0.01}, [5.0]),
+        ({"num_frames": 2}, [2.5, 7.5]),
+        ({"num_frames": 4, "max_frames": 2}, [2.5, 7.5]),
+        ({"fps": 1.0, "start_s": 8.0}, [8.5, 9.5]),
+        ({"num_frames": 2, "start_s": 2.0, "end_s": 4.0}, [2.5, 3.5]),
+        ({"num_frames": 1, "end_s": 1e9}, [5.0]),
+        ({"num_frames": 1, "start_s": 3.0, "end_s": 3.0}, [3.0]),
+    ],
+)
+def test_moments_asked_for(options: dict[str, Any], expected: list[float]) -> None:
+    assert sample_times(10.0, SPEC, **options) == pytest.approx(expected)
+
+
+def test_windows_that_are_none() -> None:
+    assert wanted_window(0.0, start_s=0.0, end_s=None) == (0.0, 0.0)
+    for start_s, end_s in ((10.0, None), (1e9, None), (3.0, 2.0)):
+        with pytest.raises(InvalidRequest) as caught:
+            wanted_window(10.0, start_s=start_s, end_s=end_s)
+        assert caught.value.code == "invalid_value"
+
+
+@given(num_frames=st.integers(1, 108))
+def test_the_layout_is_known_before_decoding(num_frames: int) -> None:
+    medium, _ = video_tiles(frames(num_frames), SPEC)
+    assert medium.layout == video_layout(num_frames, SPEC)

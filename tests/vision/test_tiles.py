@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from fractions import Fraction
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -15,8 +16,11 @@ from PIL import Image
 from server.core import Tiles, VisionSpec
 from server.vision.tiles import (
     fit_to_tile,
+    image_layout,
     image_tiles,
     kept_features,
+    largest_resize,
+    max_tiles,
     select_best_resolution,
     vision_input,
 )
@@ -308,3 +312,59 @@ def test_a_tile_that_is_not_contiguous_has_the_digest_of_its_copy() -> None:
     medium, tiles = image_tiles(Image.new("RGB", (28, 14), COLOUR), SMALL)
     turned = np.asfortranarray(tiles)
     assert vision_input("image", medium.layout, turned, SMALL).digest == medium.digest
+
+
+@given(
+    width=st.integers(1, 400),
+    height=st.integers(1, 400),
+    max_tiles_of_spec=st.integers(1, 9),
+    with_1x1=st.booleans(),
+    detail=st.sampled_from(["low", "high"]),
+    max_grids=st.none() | st.integers(1, 12),
+)
+@settings(max_examples=150, deadline=None)
+def test_the_layout_is_known_before_decoding(
+    width: int,
+    height: int,
+    max_tiles_of_spec: int,
+    with_1x1: bool,
+    detail: Literal["low", "high"],
+    max_grids: int | None,
+) -> None:
+    assume(max(width, height) <= 200 * min(width, height))
+    options = candidates(14, max_tiles_of_spec, with_1x1=with_1x1)
+    spec = replace(SMALL, candidate_resolutions=options)
+    picture = Image.new("RGB", (width, height), COLOUR)
+    medium, tiles = image_tiles(picture, spec, detail=detail, max_grids=max_grids)
+    layout = image_layout((width, height), spec, detail=detail, max_grids=max_grids)
+    assert medium.layout == layout
+    assert len(tiles) == len(layout.tile_queries)
+    assert len(tiles) <= max_tiles(spec, detail=detail, max_grids=max_grids)
+    if max_grids is not None:
+        assert len(tiles) - 1 <= max_grids
+    if layout.local_grid is None:
+        assert medium.num_tokens == 82
+        assert detail == "low" or all(h * w // 196 > (max_grids or 9) for h, w in options)
+    largest = largest_resize((width, height), spec, detail=detail, max_grids=max_grids)
+    local = [] if layout.local_grid is None else [canvas_of(tiles[1:], *layout.local_grid)]
+    boxes = [shown_box(pixels) for pixels in (tiles[0], *local)]
+    assert largest == (max(box[3] for box in boxes), max(box[2] for box in boxes))
+
+
+def test_more_grids_than_there_are_change_nothing() -> None:
+    picture = Image.new("RGB", (4000, 3000), COLOUR)
+    plain, _ = image_tiles(picture, OFFICIAL)
+    assert plain.layout.local_grid == (3, 3)
+    for max_grids, grid in ((9, (3, 3)), (12, (3, 3)), (8, (2, 3)), (4, (2, 2)), (1, (1, 1))):
+        medium, _ = image_tiles(picture, OFFICIAL, max_grids=max_grids)
+        assert medium.layout.local_grid == grid
+
+
+def test_a_reduced_copy_has_the_true_pictures_layout() -> None:
+    """4001 x 2999 halved has another proportion; all but the pixels follows the true size."""
+    picture = Image.new("RGB", (4001, 2999), COLOUR)
+    reduced = Image.new("RGB", (2001, 1500), COLOUR)
+    medium, tiles = image_tiles(picture, OFFICIAL)
+    of_reduced, reduced_tiles = image_tiles(reduced, OFFICIAL, size=(4001, 2999))
+    assert of_reduced.layout == medium.layout
+    assert np.array_equal(reduced_tiles, tiles)
