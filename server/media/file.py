@@ -24,12 +24,17 @@ class MediaFile:
 
     def __init__(self, file: BinaryIO, *, num_bytes: int, digest: str) -> None:
         """`file` is open for reading, and from now on belongs to this object."""
-        self._file = file
         self.num_bytes = num_bytes
         self.digest = digest
+        # A plain number: a file object may be finalized before this one where both are garbage,
+        # and would complain that nobody closed it.
+        self._descriptor = -1
+        with file:
+            self._descriptor = os.dup(file.fileno())
 
     def __del__(self) -> None:
-        self._file.close()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
 
     @classmethod
     def of_bytes(cls, data: bytes) -> MediaFile:
@@ -38,7 +43,7 @@ class MediaFile:
         return writer.finish()
 
     def fileno(self) -> int:
-        return self._file.fileno()
+        return self._descriptor
 
     def head(self, num_bytes: int) -> bytes:
         """The first bytes, fewer where there are fewer."""
