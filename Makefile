@@ -3,6 +3,7 @@
 #
 #   make serve [MODEL=folder-or-hub-name] [REVISION=] [HOST=] [PORT=] [DEVICE=] [DTYPE=] [CONFIG=]
 #   make test       format, lint, types and tests
+#   make test-long  the tests that take minutes
 #   make check      format, lint, types and import direction
 #   make fix        repair format and what lint can repair
 #   make bench      time machine, engine and server: [MODEL=] [URL=of a running server] [QUICK=1]
@@ -13,7 +14,7 @@
 #   make clean      remove the environment and what was built, but not build/demo-model
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check fix bench demo-model docker-check clean
+.PHONY: help serve test test-long check fix bench demo-model docker-check clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -60,6 +61,9 @@ check: $(STAMP)
 
 test: check
 	$(BIN)/python -m pytest
+
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -m long
 
 fix: $(STAMP)
 	$(BIN)/ruff check --fix $(CHECKED)

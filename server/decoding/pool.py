@@ -28,6 +28,7 @@ from server.errors import (
     InvalidRequest,
     MediaError,
     MediaTooLarge,
+    ServerError,
     ShuttingDown,
     Unavailable,
     UnsupportedMediaType,
@@ -119,6 +120,7 @@ class DecoderPool:
         for worker in self._workers:
             worker.cancel()
         await asyncio.gather(*self._workers, return_exceptions=True)
+        self._workers = []
         self._refuse_waiting(ShuttingDown())
         for decoder in tuple(self._decoders):
             await self._end(decoder)
@@ -167,19 +169,29 @@ class DecoderPool:
         finally:
             if request in self._waiting:  # cancelled before its turn
                 self._waiting.remove(request)
+            # An error keeps this frame, and this frame the error: the file would stay open.
+            del request
 
     async def _work(self, decoder: Decoder) -> None:
-        """One decoder after another, one request after another."""
+        """One decoder after another, one request after another; none is held on to."""
         while True:
-            request = await self._next()
+            decoder = await self._take(decoder, await self._next())
+
+    async def _take(self, decoder: Decoder, request: _Request) -> Decoder:
+        """Serve a request; the decoder for the next one."""
+        try:
             if decoder.tenant not in (None, request.tenant):
                 decoder = await self._replace(decoder, request)
             if request.result.done():
-                continue
+                return decoder
             decoder.tenant = request.tenant
             is_sound = await self._serve(decoder, request)
-            if not is_sound or decoder.num_jobs >= MAX_JOBS_OF_A_DECODER:
-                decoder = await self._replace(decoder)
+        except asyncio.CancelledError:  # closing
+            _fail(request, ShuttingDown())
+            raise
+        if is_sound and decoder.num_jobs < MAX_JOBS_OF_A_DECODER:
+            return decoder
+        return await self._replace(decoder)
 
     async def _next(self) -> _Request:
         self._num_idle += 1
@@ -198,10 +210,9 @@ class DecoderPool:
         self._num_running += 1
         try:
             await asyncio.wait([work])
-        except asyncio.CancelledError:  # closing
+        except asyncio.CancelledError:
             work.cancel()
             await asyncio.wait([work])
-            _fail(request, ShuttingDown())
             raise
         finally:
             self._num_running -= 1
@@ -311,7 +322,17 @@ class DecoderPool:
         self._decoders.discard(decoder)
 
     async def _fork(self) -> Decoder:
-        """A new decoder, of a new forker where the old one is lost."""
+        """A new decoder, of a new forker where the old one is lost. ForkerLost if that is too."""
+        forker = await self._living_forker()
+        try:
+            decoder = await forker.fork()
+        except ForkerLost:
+            forker = await self._living_forker()
+            decoder = await forker.fork()
+        self._decoders.add(decoder)
+        return decoder
+
+    async def _living_forker(self) -> Forker:
         async with self._starting:
             if self._forker is not None and self._forker.is_lost:
                 _log.error("The process that decoders come from ended; starting another.")
@@ -320,9 +341,7 @@ class DecoderPool:
             if self._forker is None:
                 message = Start(limits=self._limits, spec=self._spec)
                 self._forker = await Forker.start(message, entry_module=self._entry_module)
-        decoder = await self._forker.fork()
-        self._decoders.add(decoder)
-        return decoder
+            return self._forker
 
     def _refuse_waiting(self, error: Unavailable) -> None:
         while self._waiting:
@@ -353,5 +372,7 @@ def _checked(answer: Answer, request: _Request) -> Answer:
 
 
 def _fail(request: _Request, error: BaseException) -> None:
+    if isinstance(error, ServerError):
+        error.with_traceback(None)  # it holds frames that hold the request and its file
     if not request.result.done():
         request.result.set_exception(error)

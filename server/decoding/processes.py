@@ -34,7 +34,12 @@ LOADING_TIMEOUT_S = 60.0
 FORK_TIMEOUT_S = 10.0
 EXIT_TIMEOUT_S = 5.0
 # numpy would start threads, and who has threads should not fork.
-_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+_ENVIRONMENT = {
+    "LC_CTYPE": "C.UTF-8",
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}
 
 
 class ForkerLost(Exception):
@@ -52,6 +57,7 @@ class Forker:
         self.missing: tuple[str, ...] = ()
         self._process = process
         self._control = control
+        self._is_given_up = False
         self._numbers = itertools.count()
 
     @classmethod
@@ -89,6 +95,8 @@ class Forker:
     @property
     def is_lost(self) -> bool:
         """Its end of the socket is closed before its decoders are killed for lack of a parent."""
+        if self._is_given_up:
+            return True
         try:
             return not self._control.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
@@ -124,6 +132,7 @@ class Forker:
 
     def give_up(self) -> None:
         """Kill it; the kernel kills its decoders."""
+        self._is_given_up = True
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
 
