@@ -34,7 +34,8 @@ class FakeEngine:
     number of the choice; all choices go on together. The last of each carries `finish_reason`; one
     longer than the request's `max_tokens` is cut there and ends with "length". With `error_code`
     the answer ends, after its tokens, in an error event.
-    `refuse` is raised by `submit`. With a `gate`, each event waits for one `gate.release()`.
+    `refuse` is raised by `submit`, `refuse_early` by `check_room`. With a `gate`, each event waits
+    for one `gate.release()`.
 
     Where log-probabilities are asked for, each id has one of its own, and as many ids before it
     are told as likelier.
@@ -61,6 +62,7 @@ class FakeEngine:
         self.stats = EngineStats()
         self.queue = QueueStats()
         self.refuse = refuse
+        self.refuse_early: ServerError | None = None
         self.submitted: list[tuple[GenerationRequest, tuple[Tiles, ...]]] = []
         self.aborted: list[str] = []
         self.aborted_choices: list[int] = []
@@ -83,7 +85,8 @@ class FakeEngine:
         self.running.clear()
 
     def check_room(self, tenant: str, num_choices: int) -> None:
-        """There is always room before a request is prepared."""
+        if self.refuse_early is not None:
+            raise self.refuse_early
 
     async def submit(self, request: GenerationRequest, tiles: Sequence[Tiles]) -> TokenStream:
         if self.refuse is not None:

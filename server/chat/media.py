@@ -216,7 +216,7 @@ class Reading:
         self._attachments = attachments
         self._slots = asyncio.Semaphore(reader.config.max_fetches_per_request)
         self._num_bytes = 0
-        self._obtained: dict[str, _Obtained] = {}
+        self._obtained: dict[str, _Obtained | ServerError] = {}
 
     async def kinds(self, parts: Sequence[MediaPart]) -> dict[str, MediaPart]:
         """The parts whose kind only the bytes could tell, with their kinds, by path."""
@@ -258,9 +258,13 @@ class Reading:
         )
 
     async def _with_kind(self, part: MediaPart) -> MediaPart:
-        with _told_of(part, "fetch"):
+        try:
             obtained = await self._obtain(part)
-            head = await self._reader.run(partial(obtained.file.head, SNIFFED_BYTES))
+        except (MediaError, FileNotFound):
+            if part.on_error == "fail":
+                raise
+            return replace(part, is_kind_known=True)  # `read` meets it again, and leaves it out
+        head = await self._reader.run(partial(obtained.file.head, SNIFFED_BYTES))
         # A GIF is a picture here; as a video it is asked for by name.
         kind: MediaKind = "video" if sniff_video(head) not in (None, "gif") else "image"
         check_kind(part.options, kind, f"{part.path}.media_options")
@@ -281,8 +285,7 @@ class Reading:
             return _left_out(part, error)
 
     async def _read_or_raise(self, part: MediaPart, options: MediaOptions) -> Medium:
-        with _told_of(part, "fetch"):
-            obtained = await self._obtain(part)
+        obtained = await self._obtain(part)
         job = _job(part, obtained, options)
         key = self._key(job, obtained)
         decoded = self._reader.finished.get(key)
@@ -312,8 +315,7 @@ class Reading:
     async def _ladder(self, part: MediaPart, options: MediaOptions) -> list[Rung] | LeftOut:
         """The sizes a medium can have, largest first."""
         try:
-            with _told_of(part, "fetch"):
-                obtained = await self._obtain(part)
+            obtained = await self._obtain(part)
             with _told_of(part, "decode"):
                 probed = await self._reader.decoders.probe(
                     _job(part, obtained, options), obtained.file, tenant=self._tenant
@@ -331,13 +333,20 @@ class Reading:
         )
 
     async def _obtain(self, part: MediaPart) -> _Obtained:
-        """The part's encoded bytes, once."""
+        """The part's encoded bytes, or why there are none; found once."""
         if part.path not in self._obtained:
             started_s = time.monotonic()
-            obtained = await self._find(part)
-            self._count_bytes(part, obtained.file.num_bytes)
-            self._obtained[part.path] = replace(obtained, fetch_s=time.monotonic() - started_s)
-        return self._obtained[part.path]
+            try:
+                with _told_of(part, "fetch"):
+                    found = await self._find(part)
+                    self._count_bytes(part, found.file.num_bytes)
+                self._obtained[part.path] = replace(found, fetch_s=time.monotonic() - started_s)
+            except ServerError as error:
+                self._obtained[part.path] = error
+        obtained = self._obtained[part.path]
+        if isinstance(obtained, ServerError):
+            raise obtained
+        return obtained
 
     async def _find(self, part: MediaPart) -> _Obtained:
         if len(part.sources) > MAX_LISTED_FRAMES:

@@ -301,6 +301,7 @@ class DecoderPool:
         position = 0
         while position < tiles.nbytes:
             position += os.preadv(output, [rest[position:]], position)
+        tiles.flags.writeable = False  # they may be shared by requests
         return vision_input(kind_of(job), layout, tiles, self._spec), tiles
 
     async def _replace(self, decoder: Decoder, waiting: _Request | None = None) -> Decoder:

@@ -328,3 +328,12 @@ def test_an_engine_that_cannot_serve_is_not_asked(server: Server, status: Any, c
     server.engine.status = status
     assert_error(server.http.post(URL, json=chat()), 503, code)
     assert not server.preparer.requests
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_without_room_nothing_is_prepared(serve: Serve, stream: bool) -> None:
+    server = serve()
+    server.engine.refuse_early = RateLimited()
+    response = server.http.post(URL, json=chat(stream=stream))
+    assert_error(response, 429, "rate_limit_exceeded")
+    assert server.preparer.requests == []

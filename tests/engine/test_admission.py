@@ -45,6 +45,18 @@ def shortage(
     return admissions.shortage(new.request, num_tile_bytes=num_tile_bytes, kv_tokens=100)
 
 
+def test_what_is_known_before_a_request_is_prepared() -> None:
+    admissions = Admissions(max_waiting=2, max_per_tenant=1)
+    assert admissions.too_many("tenant", 8) is None
+    first = make_admitted("0")
+    admissions.enter(first)
+    assert admissions.too_many("tenant", 1) == "key_requests"
+    assert admissions.too_many("other", 1) is None
+    assert admissions.too_many("other", 2) == "waiting_requests"
+    admissions.leave(first)
+    assert admissions.too_many("tenant", 1) is None
+
+
 def test_each_bound_has_its_name() -> None:
     admissions = Admissions(max_waiting=3, max_per_tenant=2)
     most_tokens = MAX_WAITING_CAPACITIES * 100
