@@ -109,7 +109,8 @@ class Forker:
         ours, theirs = _pair()
         decoder = Decoder(self, next(self._numbers), ours)
         try:
-            self.send(Fork(decoder.number), [theirs.fileno()])
+            with theirs:  # from here on only the decoder holds it, so that its end is seen
+                self.send(Fork(decoder.number), [theirs.fileno()])
             decoder.missing = await _receive_ready(ours, timeout_s=FORK_TIMEOUT_S)
         except DecoderLost as error:
             # A new decoder has not met anything yet that could be at fault.
@@ -119,8 +120,6 @@ class Forker:
         except BaseException:
             await decoder.end()
             raise
-        finally:
-            theirs.close()
         return decoder
 
     def send(self, message: ToForker, files: Sequence[int] = ()) -> None:
