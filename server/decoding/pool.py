@@ -12,7 +12,6 @@ import fcntl
 import logging
 import math
 import os
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 
@@ -21,6 +20,7 @@ import numpy as np
 from server.config import MediaConfig
 from server.core import Tiles, VisionInput, VisionLayout, VisionSpec
 from server.decoding.jobs import Decoded, FramesJob, ImageJob, Job, Probed, kind_of
+from server.decoding.line import Line
 from server.decoding.messages import MAX_LISTED_FRAMES, Answer, ErrorName, Start, task_of
 from server.decoding.processes import ENTRY_MODULE, Decoder, DecoderLost, Forker, ForkerLost
 from server.errors import (
@@ -63,9 +63,13 @@ class _Request:
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
 
+    @property
+    def is_video(self) -> bool:
+        return kind_of(self.job) == "video"
+
 
 class DecoderPool:
-    """The decoders, their forker, and what waits for them. Jobs are served in order of arrival."""
+    """The decoders, their forker, and what waits for them, served as `Line` says."""
 
     def __init__(
         self, config: MediaConfig, spec: VisionSpec, *, entry_module: str = ENTRY_MODULE
@@ -79,8 +83,11 @@ class DecoderPool:
         self._forker: Forker | None = None
         self._starting = asyncio.Lock()
         self._decoders: set[Decoder] = set()
-        self._waiting: deque[_Request] = deque()
-        self._arrived = asyncio.Event()
+        self._waiting: Line[_Request] = Line()
+        self._may_go_on = asyncio.Event()
+        # One decoder is kept for pictures, where there is more than one.
+        self._max_videos = max(1, config.decode_processes - 1)
+        self._num_videos = 0
         self._num_idle = 0
         self._num_running = 0
         self._workers: list[asyncio.Task[None]] = []
@@ -162,13 +169,12 @@ class DecoderPool:
             raise MediaTooLarge(
                 f"A list of frames may have at most {MAX_LISTED_FRAMES}.", kind="video"
             )
-        self._waiting.append(request)
-        self._arrived.set()
+        self._waiting.add(request, tenant=request.tenant, is_video=request.is_video)
+        self._may_go_on.set()
         try:
             return await request.result
         finally:
-            if request in self._waiting:  # cancelled before its turn
-                self._waiting.remove(request)
+            self._waiting.remove(request, tenant=request.tenant)  # cancelled before its turn
             # An error keeps this frame, and this frame the error: the file would stay open.
             del request
 
@@ -189,6 +195,9 @@ class DecoderPool:
         except asyncio.CancelledError:  # closing
             _fail(request, ShuttingDown())
             raise
+        finally:
+            self._num_videos -= request.is_video
+            self._may_go_on.set()
         if is_sound and decoder.num_jobs < MAX_JOBS_OF_A_DECODER:
             return decoder
         return await self._replace(decoder)
@@ -196,10 +205,14 @@ class DecoderPool:
     async def _next(self) -> _Request:
         self._num_idle += 1
         try:
-            while not self._waiting:
-                self._arrived.clear()
-                await self._arrived.wait()
-            return self._waiting.popleft()
+            while True:
+                with_videos = self._num_videos < self._max_videos
+                request = self._waiting.take(with_videos=with_videos)
+                if request is not None:
+                    self._num_videos += request.is_video
+                    return request
+                self._may_go_on.clear()
+                await self._may_go_on.wait()
         finally:
             self._num_idle -= 1
 
@@ -344,8 +357,8 @@ class DecoderPool:
             return self._forker
 
     def _refuse_waiting(self, error: Unavailable) -> None:
-        while self._waiting:
-            _fail(self._waiting.popleft(), error)
+        while (request := self._waiting.take(with_videos=True)) is not None:
+            _fail(request, error)
 
 
 def limits_of(config: MediaConfig) -> DecodeLimits:
