@@ -146,7 +146,7 @@ class Dialler(httpcore.AsyncNetworkBackend):
 
 
 class _Stream(httpcore.AsyncNetworkStream):
-    """A connection that is also closed when its TLS handshake is cancelled, not only if it fails."""
+    """A connection that is closed when its TLS handshake is cancelled too, not only if it fails."""
 
     def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
         self._stream = stream
