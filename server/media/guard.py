@@ -36,7 +36,8 @@ _NAME = re.compile(
 _MAX_NAME_CHARS = 253
 
 # Global by the letter of `ipaddress`, or only in some of its versions, and still no place to fetch
-# from: shared and benchmarking space, metadata services, protocol assignments, relays, multicast.
+# from: shared and benchmarking space, metadata services, protocol assignments (Teredo among them),
+# relays, multicast.
 _NEVER_PUBLIC = tuple(
     ipaddress.ip_network(network)
     for network in (
@@ -231,8 +232,6 @@ def _with_embedded(address: IPAddress) -> list[IPAddress]:
     if isinstance(address, ipaddress.IPv4Address):
         return [address]
     inner = address.ipv4_mapped or address.sixtofour
-    if inner is None and address.teredo is not None:
-        inner = address.teredo[1]
     if inner is None and (address in _IPV4_COMPATIBLE or address in _NAT64):
         inner = ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
     # ::1 and :: are addresses of their own, not 0.0.0.1 and 0.0.0.0.
