@@ -317,6 +317,21 @@ async def test_jobs_run_beside_each_other_and_in_order_of_arrival() -> None:
         second.cancel()
 
 
+async def test_no_picture_waits_for_videos() -> None:
+    """Not even for those of its own tenant that came before it."""
+    async with running_pool(hostile_forker.MODULE, decode_processes=2) as pool:
+        videos = [asyncio.create_task(decode(pool, b"do:sleep 60", VideoJob())) for _ in range(2)]
+        await asyncio.sleep(0.1)
+        assert (pool.num_running, pool.num_waiting) == (1, 1)
+        assert_as_here(await decode(pool, picture()), ImageJob(), picture())
+        assert (pool.num_running, pool.num_waiting) == (1, 1)
+        videos[0].cancel()
+        while pool.num_waiting:
+            await asyncio.sleep(0.01)
+        assert pool.num_running == 1
+        videos[1].cancel()
+
+
 async def test_another_forker_is_started_when_it_dies() -> None:
     async with running_pool(hostile_forker.MODULE) as pool:
         for _ in range(2):
