@@ -412,6 +412,15 @@ def test_settings_reach_the_server(tiny: Path, tmp_path: Path) -> None:
         assert served.http.get("/v1/models").json()["data"][0]["id"] == "in-file"
 
 
+def test_a_folder_for_files_that_cannot_be_used(tmp_path: Path, tiny: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"")
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("media: {files_dir: plain/below}\n")
+    line = refusal("serve", "--model", tiny, "--port", "0", "--config", settings)
+    folder = tmp_path / "plain" / "below"
+    assert line == f"media.files_dir: {folder} cannot be used: Not a directory"
+
+
 def test_a_port_in_use_is_one_line(tiny: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -392,15 +392,21 @@ class Attachments:
         try:
             message = await self._receive()
             if message["type"] == "http.disconnect":
-                self._error = ClientGone()
+                self._fail(ClientGone())
             elif not self._is_ended:
                 await self._take(message)
         except Exception as error:
-            self._error = error
+            self._fail(error)
             raise
         finally:
             self._tell_waiting()
         return message
+
+    def _fail(self, error: Exception) -> None:
+        """Nobody gets anything any more, so the files go at once."""
+        self._error = error
+        self._complete.clear()
+        self._arriving = None
 
     def _tell_waiting(self) -> None:
         self._changed.set()
@@ -448,8 +454,7 @@ class Attachments:
 
     async def _add(self, part: _Arriving, data: bytes) -> None:
         self._num_bytes += len(data)
-        part.num_bytes += len(data)
-        if part.num_bytes > self._limits.max_attachment_bytes:
+        if part.num_bytes + len(data) > self._limits.max_attachment_bytes:
             raise RequestTooLarge(
                 f"The part {quoted(part.name)} is larger than "
                 f"{self._limits.max_attachment_bytes} bytes."
@@ -458,29 +463,21 @@ class Attachments:
             raise RequestTooLarge(
                 f"All attachments together are larger than {self._limits.max_total_bytes} bytes."
             )
-        await part.pieces.add(data)
+        await part.add(data)
 
 
-class _Arriving:
-    """An attachment while it arrives; its file is opened with its first piece, in a thread."""
+class _Spool:
+    """A file for an attachment. Blocking, so opened with the first write."""
 
-    def __init__(self, name: str, folder: Path, threads: Executor) -> None:
-        self.name = name
-        self.num_bytes = 0
-        self.pieces = PieceWriter(self._write, threads)
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._threads = threads
         self._writer: MediaFileWriter | None = None
 
-    async def finish(self) -> MediaFile:
-        await self.pieces.flush()
-        return await in_thread(self._threads, self._finished)
-
-    def _write(self, data: bytes) -> None:
+    def write(self, data: bytes) -> None:
         with full_disk_is_storage_full():
             self._opened().write(data)
 
-    def _finished(self) -> MediaFile:
+    def finish(self) -> MediaFile:
         with full_disk_is_storage_full():
             return self._opened().finish()
 
@@ -488,3 +485,22 @@ class _Arriving:
         if self._writer is None:
             self._writer = MediaFileWriter(self._folder)
         return self._writer
+
+
+class _Arriving:
+    """An attachment while it arrives."""
+
+    def __init__(self, name: str, folder: Path, threads: Executor) -> None:
+        self.name = name
+        self.num_bytes = 0
+        self._threads = threads
+        self._spool = _Spool(folder)
+        self._pieces = PieceWriter(self._spool.write, threads)
+
+    async def add(self, data: bytes) -> None:
+        self.num_bytes += len(data)
+        await self._pieces.add(data)
+
+    async def finish(self) -> MediaFile:
+        await self._pieces.flush()
+        return await in_thread(self._threads, self._spool.finish)
