@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
@@ -222,6 +223,7 @@ def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
 
 
 def _serve(config: Config, listener: socket.socket, admin_listener: socket.socket | None) -> None:
+    _check_folders(config.media)
     files = _open_file_store(config.media)
     info, name = _read_model(config)
     tokenizer, template = _read_chat(info)
@@ -280,6 +282,15 @@ def _serve(config: Config, listener: socket.socket, admin_listener: socket.socke
             preparer.close()
     for failure in failures:
         raise failure
+
+
+def _check_folders(media: MediaConfig) -> None:
+    """Those that requests would find missing."""
+    for name, folder in (("local_root", media.local_root), ("spool_dir", media.spool_dir)):
+        if folder is not None and not folder.is_dir():
+            raise ConfigError(f"media.{name}: {folder} is not a folder")
+    if media.spool_dir is not None and not os.access(media.spool_dir, os.W_OK | os.X_OK):
+        raise ConfigError(f"media.spool_dir: {media.spool_dir} cannot be written to")
 
 
 def _open_file_store(media: MediaConfig) -> FileStore | None:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import copy
 import logging
+import os
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -181,6 +182,7 @@ class MediaReader:
         self.finished: MediaCache[Decoded] = MediaCache(
             max_bytes=config.cache_bytes // 2, ttl_s=config.cache_ttl_s
         )
+        self.secret = os.urandom(32)  # nobody can compute the keys of what is kept
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="media")
 
     def begin(self, *, tenant: str, attachments: Attachments | None) -> Reading:
@@ -329,7 +331,12 @@ class Reading:
     def _key(self, job: Job, obtained: _Obtained) -> str:
         spec = msgspec.json.encode(self._reader.spec)
         return cache_key(
-            self._tenant, type(job).__name__, msgspec.json.encode(job), spec, obtained.file.digest
+            self._tenant,
+            type(job).__name__,
+            msgspec.json.encode(job),
+            spec,
+            obtained.file.digest,
+            secret=self._reader.secret,
         )
 
     async def _obtain(self, part: MediaPart) -> _Obtained:
