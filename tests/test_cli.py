@@ -127,8 +127,14 @@ def is_running(pid: int) -> bool:
     return False
 
 
-def children_of(pid: int) -> list[int]:
-    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def workers_of(pid: int) -> list[int]:
+    """The engine processes among the server's children."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [
+        int(each)
+        for each in children
+        if b"server.engine.worker_main" in Path(f"/proc/{each}/cmdline").read_bytes()
+    ]
 
 
 # version ------------------------------------------------------------------------------------------
@@ -254,7 +260,7 @@ def test_serve_from_start_to_end(tiny: Path) -> None:
         assert "server" not in answer.headers
         assert status_of_endless_headers(served.http.base_url.port) == 400
 
-        (worker,) = children_of(served.process.pid)
+        (worker,) = workers_of(served.process.pid)
         assert served.end() == 0
         assert served.process.stdout is not None
         assert served.process.stdout.read() == ""
@@ -367,7 +373,7 @@ def test_too_many_connections_are_told_so(tiny: Path) -> None:
 
 def test_a_worker_that_stands_still_is_not_called_ready(tiny: Path) -> None:
     with serving("--model", tiny) as served:
-        (worker,) = children_of(served.process.pid)
+        (worker,) = workers_of(served.process.pid)
         os.kill(worker, signal.SIGSTOP)
         try:
             deadline_s = time.monotonic() + 50  # ten times the contract's five seconds
@@ -380,7 +386,7 @@ def test_a_worker_that_stands_still_is_not_called_ready(tiny: Path) -> None:
         while served.http.get("/ready").status_code != 200:
             assert time.monotonic() < deadline_s
             time.sleep(0.2)
-        assert children_of(served.process.pid) == [worker]  # late, but it never was hung
+        assert workers_of(served.process.pid) == [worker]  # late, but it never was hung
 
 
 def test_a_terminal_shows_a_bar_and_a_pipe_lines(tiny: Path) -> None:

@@ -225,6 +225,7 @@ async def until_client_leaves(receive: Receive, work: Coroutine[Any, Any, Result
         return working.result()
     finally:
         await cancel(working, leaving)
+        del working, leaving  # they hold an error, which holds this frame
 
 
 async def client_leaves(receive: Receive) -> None:
@@ -285,18 +286,22 @@ class EventStream(Response):
         pumping = asyncio.ensure_future(self._pump(send))
         leaving = asyncio.ensure_future(client_leaves(self._receive or receive))
         keeping_alive = asyncio.ensure_future(self._keep_alive(send))
-        tasks = (pumping, leaving, keeping_alive)
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                (pumping, leaving, keeping_alive), return_when=asyncio.FIRST_COMPLETED
+            )
             if leaving.done() and leaving.exception() is not None and self._is_started:
                 await pumping  # it meets the same error, and ends the body with it
-            for task in tasks:
-                if task.done():
-                    task.result()
-            if not pumping.done():
+            if pumping.done():
+                pumping.result()
+            elif keeping_alive.done():
+                keeping_alive.result()
+            else:
+                leaving.result()
                 raise ClientGone()
         finally:
-            await cancel(*tasks)
+            await cancel(pumping, leaving, keeping_alive)
+            del pumping, leaving, keeping_alive  # they hold an error, which holds this frame
 
     async def _pump(self, send: Send) -> None:
         try:

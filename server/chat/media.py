@@ -8,12 +8,11 @@ part says that it may go on without. Must not know prompts or what the tiles are
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -284,7 +283,9 @@ class Reading:
         try:
             return await self._read_or_raise(part, options)
         except (MediaError, FileNotFound) as error:
-            return _left_out(part, error)
+            if part.on_error == "fail":
+                raise
+            return _left_out(part, error.code)
 
     async def _read_or_raise(self, part: MediaPart, options: MediaOptions) -> Medium:
         obtained = await self._obtain(part)
@@ -293,10 +294,8 @@ class Reading:
         decoded = self._reader.finished.get(key)
         is_finished = decoded is not None
         if decoded is None:
-            with _told_of(part, "decode"):
-                decoded = await self._reader.decoders.decode(
-                    job, obtained.file, tenant=self._tenant
-                )
+            work = self._reader.decoders.decode(job, obtained.file, tenant=self._tenant)
+            decoded = await _told_of(part, "decode", work)
             self._reader.finished.put(key, decoded, decoded.tiles.nbytes)
         report = MediaReport(
             path=part.path,
@@ -318,12 +317,13 @@ class Reading:
         """The sizes a medium can have, largest first."""
         try:
             obtained = await self._obtain(part)
-            with _told_of(part, "decode"):
-                probed = await self._reader.decoders.probe(
-                    _job(part, obtained, options), obtained.file, tenant=self._tenant
-                )
+            job = _job(part, obtained, options)
+            work = self._reader.decoders.probe(job, obtained.file, tenant=self._tenant)
+            probed = await _told_of(part, "decode", work)
         except (MediaError, FileNotFound) as error:
-            return _left_out(part, error)
+            if part.on_error == "fail":
+                raise
+            return _left_out(part, error.code)
         if part.kind == "image":
             return _picture_sizes(probed, options, self._reader.spec)
         return _video_sizes(probed, options, self._reader.spec)
@@ -344,16 +344,19 @@ class Reading:
         if part.path not in self._obtained:
             started_s = time.monotonic()
             try:
-                with _told_of(part, "fetch"):
-                    found = await self._find(part)
-                    self._count_bytes(part, found.file.num_bytes)
+                found = await _told_of(part, "fetch", self._found(part))
                 self._obtained[part.path] = replace(found, fetch_s=time.monotonic() - started_s)
             except ServerError as error:
-                self._obtained[part.path] = error
+                self._obtained[part.path] = error.with_traceback(None)
         obtained = self._obtained[part.path]
         if isinstance(obtained, ServerError):
-            raise obtained
+            raise copy.copy(obtained)
         return obtained
+
+    async def _found(self, part: MediaPart) -> _Obtained:
+        found = await self._find(part)
+        self._count_bytes(part, found.file.num_bytes)
+        return found
 
     async def _find(self, part: MediaPart) -> _Obtained:
         if len(part.sources) > MAX_LISTED_FRAMES:
@@ -423,43 +426,59 @@ class Reading:
 
 
 async def together(work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
-    """The results in order. The first failure ends the others, which are waited for."""
+    """The results in order. The first failure ends the others, which are waited for.
+
+    An error holds the frames it went through. Where one of them held the error in turn, the files
+    of a failed request would stay open until somebody collects garbage; so none does.
+    """
     tasks = [asyncio.ensure_future(each) for each in work]
-    if not tasks:
-        return []
     try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        for task in tasks:
-            if task in done:
-                task.result()
-        return [task.result() for task in tasks]
+        if tasks:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        error = next(filter(None, map(_error_of, tasks)), None)
+        if error is None:
+            return [task.result() for task in tasks]
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        tasks.clear()
+    try:
+        raise error
+    finally:
+        del error
+
+
+def _error_of(task: asyncio.Future[_T]) -> BaseException | None:
+    return task.exception() if task.done() and not task.cancelled() else None
 
 
 async def _resolved(value: _T) -> _T:
     return value
 
 
-@contextlib.contextmanager
-def _told_of(part: MediaPart, stage: Literal["fetch", "decode"]) -> Iterator[None]:
-    """An error of the block names the part and the stage. Others may hold the same error."""
+async def _told_of(
+    part: MediaPart, stage: Literal["fetch", "decode"], work: Coroutine[Any, Any, _T]
+) -> _T:
+    """The result of `work`; an error of it names the part and the stage.
+
+    A copy, because others may be told the same error, and for the reason that `together` gives.
+    """
     try:
-        yield
+        return await work
     except ServerError as error:
         told = copy.copy(error)
-        told.param = error.param or part.param
-        if isinstance(error, MediaError | FileNotFound):
-            told.message = f"{part.path}, {stage}: {error.message}"
-        raise told from error
+    told.param = told.param or part.param
+    if isinstance(told, MediaError | FileNotFound):
+        told.message = f"{part.path}, {stage}: {told.message}"
+    try:
+        raise told
+    finally:
+        del told
 
 
-def _left_out(part: MediaPart, error: MediaError | FileNotFound) -> LeftOut:
-    if part.on_error == "fail":
-        raise error
-    return LeftOut(part, MediaReport(part.path, part.kind, error_code=error.code))
+def _left_out(part: MediaPart, error_code: str) -> LeftOut:
+    return LeftOut(part, MediaReport(part.path, part.kind, error_code=error_code))
 
 
 def _joined(frames: Sequence[bytes], config: MediaConfig) -> _Obtained:

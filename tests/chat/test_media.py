@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import io
+import os
 import unicodedata
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -448,3 +450,28 @@ async def test_finished_pixels_are_kept_for_who_sent_them(reader: MediaReader) -
     assert await outcome(tenant="t3") == "hit"
     assert await outcome(tenant="t4") == "miss"
     assert await outcome(tenant="t3", options=MediaOptions(detail="low")) == "miss"
+
+
+async def test_a_failure_lets_go_of_its_files_at_once(reader: MediaReader, host: Host) -> None:
+    """Without waiting for the garbage collector, which has no idea how large they are."""
+    host.answers = {"https://example.com/a.png": png(9, 9)}
+    good, bad = image("https://example.com/a.png"), image(png(60, 60)[:-40])
+    gc.collect()
+    gc.disable()
+    try:
+        before = num_memory_files()
+        for content in ([bad], [good, bad], [bad | {"on_error": "skip"}], [good]):
+            try:
+                await read(reader, *content)
+            except ServerError:
+                pass
+            else:
+                assert content != [bad]
+            assert num_memory_files() == before
+    finally:
+        gc.enable()
+
+
+def num_memory_files() -> int:
+    links = [os.readlink(each) for each in Path("/proc/self/fd").iterdir() if each.is_symlink()]
+    return sum("memfd:media" in link for link in links)

@@ -390,7 +390,7 @@ async def test_what_cannot_be_started_says_so() -> None:
 
 
 PROGRAM = """
-import asyncio, sys
+import asyncio, signal, sys
 from server.media.file import MediaFile
 from server.decoding.jobs import ImageJob
 from tests.decoding.hostile_forker import MODULE
@@ -400,6 +400,7 @@ async def main():
         for deed in (b"do:spin", b"do:sleep 50"):
             asyncio.ensure_future(pool.decode(ImageJob(), MediaFile.of_bytes(deed), tenant=""))
         await asyncio.sleep(0.3)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, asyncio.current_task().cancel)
         print(forker_pid(), *decoder_pids(), flush=True)
         await asyncio.sleep(50)
 asyncio.run(main())

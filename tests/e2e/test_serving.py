@@ -91,6 +91,9 @@ def test_streamed_equals_whole(tiny: RunningServer, kind: str, fields: dict[str,
     assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
     assert last.choices == []
     usages = [usage.to_dict() for usage in (whole.usage, last.usage)]
+    told = [usage.pop("media", []) for usage in usages]
+    assert [each["tokens"] for each in told[0]] == [each["tokens"] for each in told[1]]
+    assert bool(told[0]) == (kind != "text")
     first, second = (usage["prompt_tokens_details"].pop("cached_tokens") for usage in usages)
     assert usages[0] == usages[1]
     assert whole.usage.completion_tokens <= 8
@@ -152,7 +155,7 @@ def test_refusals_reach_the_client_as_its_own_errors(
             "messages[0].content[0].image_url.url",
         ),
         (
-            {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}},
+            {"type": "image_url", "image_url": {"url": "https://127.0.0.1/a.png"}},
             "invalid_image_url",
             "messages[0].content[0].image_url.url",
         ),
