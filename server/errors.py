@@ -11,6 +11,7 @@
     │   ├── ArrayTooLong                400 array_above_max_length
     │   ├── PromptTooLong               400 context_length_exceeded
     │   ├── InvalidPrompt               400 invalid_prompt
+    │   ├── InvalidStretch              400 invalid_value
     │   ├── MediaError                  400 image_parse_error / video_parse_error
     │   │   ├── InvalidMediaUrl         400 invalid_image_url / invalid_video_url
     │   │   ├── InvalidBase64           400 invalid_base64_image / invalid_base64_video
@@ -131,6 +132,10 @@ class InvalidPrompt(InvalidRequest):
     """The number of media and of their places in the prompt differ."""
 
     code = "invalid_prompt"
+
+
+class InvalidStretch(InvalidRequest):
+    """A stretch of a video (`start_s`, `end_s`) that this video does not have."""
 
 
 class MediaError(InvalidRequest):
@@ -271,6 +276,17 @@ class Unavailable(ServerError):
     code = "server_is_overloaded"
     default_message = "The server is overloaded; try again later."
     retry_after_s = 1
+
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        param: str | None = None,
+        shortage: str | None = None,
+    ) -> None:
+        """`shortage` is what there is too little of, in one word, for whoever counts."""
+        super().__init__(message, param=param)
+        self.shortage = shortage
 
 
 class WorkerRestarting(Unavailable):

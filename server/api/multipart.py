@@ -22,9 +22,8 @@ from python_multipart.exceptions import FormParserError
 from starlette.types import Message, Receive
 
 from server.api.middleware import ClientGone
-from server.errors import InvalidRequest, RequestTooLarge, quoted
+from server.errors import InvalidRequest, MediaFileTooLarge, quoted
 from server.media.file import MediaFile, MediaFileWriter
-from server.media.store import full_disk_is_storage_full
 
 Result = TypeVar("Result")
 
@@ -455,13 +454,15 @@ class Attachments:
     async def _add(self, part: _Arriving, data: bytes) -> None:
         self._num_bytes += len(data)
         if part.num_bytes + len(data) > self._limits.max_attachment_bytes:
-            raise RequestTooLarge(
+            raise MediaFileTooLarge(
                 f"The part {quoted(part.name)} is larger than "
-                f"{self._limits.max_attachment_bytes} bytes."
+                f"{self._limits.max_attachment_bytes} bytes.",
+                kind="video",
             )
         if self._num_bytes > self._limits.max_total_bytes:
-            raise RequestTooLarge(
-                f"All attachments together are larger than {self._limits.max_total_bytes} bytes."
+            raise MediaFileTooLarge(
+                f"All attachments together are larger than {self._limits.max_total_bytes} bytes.",
+                kind="video",
             )
         await part.add(data)
 
@@ -474,12 +475,10 @@ class _Spool:
         self._writer: MediaFileWriter | None = None
 
     def write(self, data: bytes) -> None:
-        with full_disk_is_storage_full():
-            self._opened().write(data)
+        self._opened().write(data)
 
     def finish(self) -> MediaFile:
-        with full_disk_is_storage_full():
-            return self._opened().finish()
+        return self._opened().finish()
 
     def _opened(self) -> MediaFileWriter:
         if self._writer is None:

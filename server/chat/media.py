@@ -32,6 +32,7 @@ from server.errors import (
     FileNotFound,
     InvalidMediaUrl,
     InvalidRequest,
+    InvalidStretch,
     MediaError,
     MediaFileTooLarge,
     ServerError,
@@ -41,22 +42,33 @@ from server.media.fetch import Fetched
 from server.media.file import MediaFile, MediaFileWriter
 from server.media.formats import sniff_video
 from server.media.inline import frame_list, is_frame_list, read_source, source_form
+from server.media.kinds import max_bytes
 from server.media.local import open_local
 from server.media.store import FileStore, owner_digest
-from server.vision.frames import video_layout
+from server.vision.frames import sample_times, video_layout
 from server.vision.tiles import image_layout
 
-MAX_LISTED_FRAMES = 1_024
-"""Sources in one list of frames. More come as one file, or as one data: URL."""
+MAX_LISTED_SOURCES = 1_024
+"""In one list of frames. More come as one file, or as one data: URL."""
+
+FRAMES_AT_ONCE = 4
+"""Sources of a list that are got together: each may be as large as a whole video."""
 
 SNIFFED_BYTES = 64
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 FRAMES_PER_S = 1.0
 """Of a list of frames that says no rate."""
 
 CacheOutcome = Literal["hit", "bytes", "miss"]
 """Finished tiles were there; or only the encoded bytes; or neither."""
 
+Stage = Literal["fetch", "decode"]
+
+OF_THE_MEDIUM = (MediaError, FileNotFound, InvalidStretch)
+"""Errors of a medium and not of its request: `on_error` may make do without it."""
+
 _T = TypeVar("_T")
+_Error = TypeVar("_Error", bound=ServerError)
 
 _log = logging.getLogger(__name__)
 
@@ -152,12 +164,12 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True)
 class _Obtained:
-    """Encoded bytes. Those of `frame_lengths` bytes each are the frames of a list."""
+    """Encoded bytes. Those of a list lie one after another, `frame_lengths` bytes each."""
 
     file: MediaFile
-    fetch_s: float
     is_cached: bool = False
     frame_lengths: tuple[int, ...] | None = None
+    fetch_s: float = 0.0
 
 
 class MediaReader:
@@ -183,13 +195,22 @@ class MediaReader:
         )
         self.secret = os.urandom(32)  # nobody can compute the keys of what is kept
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="media")
+        # Apart, so that a disk that hangs holds up nobody who needs none.
+        self._disk_threads = ThreadPoolExecutor(2, thread_name_prefix="media-disk")
+        self.num_blocking = 0
+        """Calls in those threads, or waiting for one."""
 
     def begin(self, *, tenant: str, attachments: Attachments | None) -> Reading:
         return Reading(self, tenant=tenant, attachments=attachments)
 
-    async def run(self, work: Callable[[], _T]) -> _T:
-        """In a thread: base64, hashing, and reading from disks."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+    async def run(self, work: Callable[[], _T], *, on_disk: bool = False) -> _T:
+        """In a thread: base64, hashing and copying, or what may wait for a disk."""
+        threads = self._disk_threads if on_disk else self._threads
+        self.num_blocking += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(threads, work)
+        finally:
+            self.num_blocking -= 1
 
     async def start(self) -> None:
         """Returns when media can be decoded. ConfigError where they cannot."""
@@ -202,7 +223,8 @@ class MediaReader:
         """End what still runs, and the decoders."""
         await self.fetcher.close()
         await self.decoders.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._disk_threads):
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 class Reading:
@@ -259,30 +281,39 @@ class Reading:
         )
 
     async def _with_kind(self, part: MediaPart) -> MediaPart:
+        part = replace(part, kind=_likely_kind(part), is_kind_known=True)
         try:
             obtained = await self._obtain(part)
-        except (MediaError, FileNotFound):
+        except OF_THE_MEDIUM:
             if part.on_error == "fail":
                 raise
-            return replace(part, is_kind_known=True)  # `read` meets it again, and leaves it out
-        head = await self._reader.run(partial(obtained.file.head, SNIFFED_BYTES))
+            return part  # `read` meets it again, and leaves it out
+        head = await self._reader.run(partial(obtained.file.head, SNIFFED_BYTES), on_disk=True)
         # A GIF is a picture here; as a video it is asked for by name.
-        kind: MediaKind = "video" if sniff_video(head) not in (None, "gif") else "image"
-        check_kind(part.options, kind, f"{part.path}.media_options")
-        return replace(part, kind=kind, is_kind_known=True)
+        is_video = obtained.frame_lengths is not None or sniff_video(head) not in (None, "gif")
+        part = replace(part, kind="video" if is_video else "image")
+        check_kind(part.options, part.kind, f"{part.path}.media_options")
+        try:
+            _check_bytes(obtained.file, part.kind, self._config)
+        except MediaError as error:
+            told = _named(error, part, "fetch")
+            if part.on_error == "fail":
+                raise told from None
+            self._obtained[part.path] = told
+        return part
 
     def _options(self, part: MediaPart, options: MediaOptions) -> MediaOptions:
         """The part's own before the request's; refused where they go beyond the checkpoint."""
         said = part.options.over(options)
         path = f"{part.path}.media_options" if part.options != NO_OPTIONS else "media_options"
         check_together(said, path)
-        check_limits(said, self._reader.spec, path)
+        check_limits(part.options, self._reader.spec, path)
         return said
 
     async def _read(self, part: MediaPart, options: MediaOptions) -> Medium | LeftOut:
         try:
             return await self._read_or_raise(part, options)
-        except (MediaError, FileNotFound) as error:
+        except OF_THE_MEDIUM as error:
             if part.on_error == "fail":
                 raise
             return _left_out(part, error.code)
@@ -305,7 +336,7 @@ class Reading:
             num_frames=decoded.num_frames,
             num_grids=len(decoded.tiles) - 1 if part.kind == "image" else None,
             num_tokens=decoded.vision.num_tokens,
-            options=_effective(job, decoded),
+            options=_effective(job, decoded, self._reader.spec),
             cache="hit" if is_finished else "bytes" if obtained.is_cached else "miss",
             fetch_s=obtained.fetch_s,
             decode_s=0.0 if is_finished else decoded.decode_s,
@@ -320,13 +351,14 @@ class Reading:
             job = _job(part, obtained, options)
             work = self._reader.decoders.probe(job, obtained.file, tenant=self._tenant)
             probed = await _told_of(part, "decode", work)
-        except (MediaError, FileNotFound) as error:
+        except OF_THE_MEDIUM as error:
             if part.on_error == "fail":
                 raise
             return _left_out(part, error.code)
         if part.kind == "image":
             return _picture_sizes(probed, options, self._reader.spec)
-        return _video_sizes(probed, options, self._reader.spec)
+        assert not isinstance(job, ImageJob)  # its part is a video
+        return _video_sizes(probed, job, self._reader.spec)
 
     def _key(self, job: Job, obtained: _Obtained) -> str:
         spec = msgspec.json.encode(self._reader.spec)
@@ -344,7 +376,7 @@ class Reading:
         if part.path not in self._obtained:
             started_s = time.monotonic()
             try:
-                found = await _told_of(part, "fetch", self._found(part))
+                found = await _told_of(part, "fetch", self._find(part))
                 self._obtained[part.path] = replace(found, fetch_s=time.monotonic() - started_s)
             except ServerError as error:
                 self._obtained[part.path] = error.with_traceback(None)
@@ -353,57 +385,66 @@ class Reading:
             raise copy.copy(obtained)
         return obtained
 
-    async def _found(self, part: MediaPart) -> _Obtained:
-        found = await self._find(part)
-        self._count_bytes(part, found.file.num_bytes)
-        return found
-
     async def _find(self, part: MediaPart) -> _Obtained:
-        if len(part.sources) > MAX_LISTED_FRAMES:
-            raise ArrayTooLong(f"At most {MAX_LISTED_FRAMES} frames are accepted in a list.")
-        if part.kind == "video" and len(part.sources) == 1 and is_frame_list(part.sources[0]):
-            frames = await self._reader.run(partial(frame_list, part.sources[0], self._config))
-            return await self._reader.run(partial(_joined, frames, self._config))
-        found = await together([self._find_source(part, source) for source in part.sources])
-        is_cached = all(is_cached for _, is_cached in found)
         if part.is_list:
-            files = [file for file, _ in found]
-            joined = await self._reader.run(
-                lambda: _joined([file.read() for file in files], self._config)
-            )
-            return replace(joined, is_cached=is_cached)
-        return _Obtained(found[0][0], 0.0, is_cached)
+            return await self._find_frames(part)
+        (source,) = part.sources
+        if part.kind == "video" and is_frame_list(source):
+            frames = await self._reader.run(partial(frame_list, source, self._config))
+            file = await self._reader.run(lambda: MediaFile.of_bytes(b"".join(frames)))
+            self._count_bytes(part, file.num_bytes)
+            return _Obtained(file, frame_lengths=tuple(map(len, frames)))
+        return _Obtained(*await self._find_source(part, source))
+
+    async def _find_frames(self, part: MediaPart) -> _Obtained:
+        """A few at a time, each added to the file of all: so many files are never open together."""
+        if len(part.sources) > MAX_LISTED_SOURCES:
+            raise ArrayTooLong(f"At most {MAX_LISTED_SOURCES} frames are accepted in a list.")
+        writer = MediaFileWriter()
+        lengths: list[int] = []
+        num_cached = 0
+        for first in range(0, len(part.sources), FRAMES_AT_ONCE):
+            sources = part.sources[first : first + FRAMES_AT_ONCE]
+            for file, is_cached in await together(
+                [self._find_source(part, source) for source in sources]
+            ):
+                if writer.num_bytes + file.num_bytes > self._config.max_video_bytes:
+                    raise MediaFileTooLarge(
+                        f"The frames have more than {self._config.max_video_bytes} bytes together.",
+                        kind="video",
+                    )
+                lengths.append(file.num_bytes)
+                num_cached += is_cached
+                await self._reader.run(partial(_append, writer, file), on_disk=True)
+        is_cached = num_cached == len(lengths)
+        return _Obtained(writer.finish(), is_cached, frame_lengths=tuple(lengths))
 
     async def _find_source(self, part: MediaPart, source: str) -> tuple[MediaFile, bool]:
-        """The file that one source stands for, and whether a fetch was spared."""
+        """What one source stands for, and whether a fetch was spared."""
         kind = part.kind
         form = source_form(source, kind=kind)
+        is_cached = False
         if form == "url":
             async with self._slots:
                 fetched = await self._reader.fetcher.fetch(source, kind=kind, tenant=self._tenant)
-            return fetched.file, fetched.cache != "miss"
-        file = await self._find_here(form, source, kind)
-        limit = self._config.max_image_bytes
-        if kind == "video" or not part.is_kind_known:
-            limit = self._config.max_video_bytes
-        if file.num_bytes > limit:
-            raise MediaFileTooLarge(
-                f"The {kind} has {file.num_bytes} bytes; the limit is {limit}.", kind=kind
-            )
-        if not file.num_bytes:
-            raise EmptyMediaFile(f"The {kind} is empty.", kind=kind)
-        return file, False
+            file, is_cached = fetched.file, fetched.cache != "miss"
+        else:
+            file = await self._find_here(form, source, kind)
+            _check_bytes(file, kind, self._config)
+        self._count_bytes(part, file.num_bytes)
+        return file, is_cached
 
     async def _find_here(self, form: str, source: str, kind: MediaKind) -> MediaFile:
         reader = self._reader
         match form:
             case "local":
-                return await reader.run(partial(open_local, source, self._config, kind=kind))
+                open_it = partial(open_local, source, self._config, kind=kind)
+                return await reader.run(open_it, on_disk=True)
             case "file_id":
                 if reader.files is None:
                     raise FileNotFound()
                 owner = owner_digest(self._tenant)
-                return await reader.run(partial(reader.files.open, source, owner))
+                return await reader.run(partial(reader.files.open, source, owner), on_disk=True)
             case "attachment":
                 if self._attachments is None:
                     raise InvalidMediaUrl(
@@ -439,14 +480,18 @@ async def together(work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
         if error is None:
             return [task.result() for task in tasks]
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await _end(tasks)
         tasks.clear()
     try:
         raise error
     finally:
         del error
+
+
+async def _end(tasks: Sequence[asyncio.Future[_T]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _error_of(task: asyncio.Future[_T]) -> BaseException | None:
@@ -457,41 +502,61 @@ async def _resolved(value: _T) -> _T:
     return value
 
 
-async def _told_of(
-    part: MediaPart, stage: Literal["fetch", "decode"], work: Coroutine[Any, Any, _T]
-) -> _T:
-    """The result of `work`; an error of it names the part and the stage.
-
-    A copy, because others may be told the same error, and for the reason that `together` gives.
-    """
+async def _told_of(part: MediaPart, stage: Stage, work: Coroutine[Any, Any, _T]) -> _T:
+    """The result of `work`; an error of it names the part and the stage."""
     try:
         return await work
     except ServerError as error:
-        told = copy.copy(error)
-    told.param = told.param or part.param
-    if isinstance(told, MediaError | FileNotFound):
-        told.message = f"{part.path}, {stage}: {told.message}"
+        told = _named(error, part, stage)
     try:
         raise told
     finally:
-        del told
+        del told  # for the reason that `together` gives
+
+
+def _named(error: _Error, part: MediaPart, stage: Stage) -> _Error:
+    """A copy, because others may be told the same error."""
+    told = copy.copy(error)
+    if isinstance(told, InvalidStretch):
+        is_own = part.options.start_s is not None or part.options.end_s is not None
+        told.param = f"{part.path}.media_options" if is_own else "media_options"
+    told.param = told.param or part.param
+    if isinstance(told, OF_THE_MEDIUM):
+        told.message = f"{part.path}, {stage}: {told.message}"
+    return told
 
 
 def _left_out(part: MediaPart, error_code: str) -> LeftOut:
     return LeftOut(part, MediaReport(part.path, part.kind, error_code=error_code))
 
 
-def _joined(frames: Sequence[bytes], config: MediaConfig) -> _Obtained:
-    num_bytes = sum(map(len, frames))
-    if num_bytes > config.max_video_bytes:
+def _likely_kind(part: MediaPart) -> MediaKind:
+    """What a part is taken for until its bytes say it: by what it is declared to be."""
+    (source,) = part.sources
+    declared = source[:SNIFFED_BYTES].lstrip().lower()
+    if declared.startswith("data:"):
+        return "video" if declared.startswith("data:video/") else "image"
+    path = source[-SNIFFED_BYTES:].partition("?")[0]
+    names = (path.lower(), part.hints.filename.lower())
+    is_inline = source_form(source, kind="image") == "inline"
+    if any(name.endswith(VIDEO_SUFFIXES) for name in names):
+        return "video"
+    # The larger limit, except for what has none of its own to tell it by.
+    return "image" if is_inline and part.hints.filename else "video"
+
+
+def _check_bytes(file: MediaFile, kind: MediaKind, config: MediaConfig) -> None:
+    limit = max_bytes(config, kind)
+    if file.num_bytes > limit:
         raise MediaFileTooLarge(
-            f"The frames have {num_bytes} bytes; the limit is {config.max_video_bytes}.",
-            kind="video",
+            f"The {kind} has {file.num_bytes} bytes; the limit is {limit}.", kind=kind
         )
-    writer = MediaFileWriter()
-    for frame in frames:
-        writer.write(frame)
-    return _Obtained(writer.finish(), 0.0, frame_lengths=tuple(map(len, frames)))
+    if not file.num_bytes:
+        raise EmptyMediaFile(f"The {kind} is empty.", kind=kind)
+
+
+def _append(writer: MediaFileWriter, file: MediaFile) -> None:
+    writer.write(file.read())
 
 
 def _job(part: MediaPart, obtained: _Obtained, options: MediaOptions) -> Job:
@@ -516,12 +581,12 @@ def _job(part: MediaPart, obtained: _Obtained, options: MediaOptions) -> Job:
     )
 
 
-def _effective(job: Job, decoded: Decoded) -> dict[str, object]:
+def _effective(job: Job, decoded: Decoded, spec: VisionSpec) -> dict[str, object]:
     """The values that held in the end, whoever set them."""
     if isinstance(job, ImageJob):
         return {
             "detail": "low" if len(decoded.tiles) == 1 else "high",
-            "max_grids": job.max_grids,
+            "max_grids": min(job.max_grids or spec.max_grids, spec.max_grids),
         }
     start_s, duration_s = job.start_s or 0.0, decoded.duration_s or 0.0
     end_s = duration_s if job.end_s is None else min(job.end_s, duration_s)
@@ -530,7 +595,8 @@ def _effective(job: Job, decoded: Decoded) -> dict[str, object]:
         "start_s": start_s,
         "end_s": end_s,
         "fps": round((decoded.num_frames or 0) / seen_s, 3) if seen_s > 0 else None,
-        "max_frames": job.max_frames,
+        "num_frames": job.num_frames,
+        "max_frames": min(job.max_frames or spec.max_frames, spec.max_frames),
     }
 
 
@@ -554,8 +620,18 @@ def _picture_sizes(probed: Probed, options: MediaOptions, spec: VisionSpec) -> l
     return _falling([rung(max_grids) for max_grids in range(most, -1, -1)])
 
 
-def _video_sizes(probed: Probed, options: MediaOptions, spec: VisionSpec) -> list[Rung]:
-    most = probed.num_frames or 1
+def _video_sizes(probed: Probed, job: VideoJob | FramesJob, spec: VisionSpec) -> list[Rung]:
+    """From the frames that would be taken without a budget down to one."""
+    wanted = sample_times(
+        probed.duration_s or 0.0,
+        spec,
+        fps=job.fps if isinstance(job, VideoJob) else None,
+        num_frames=job.num_frames,
+        max_frames=job.max_frames,
+        start_s=job.start_s,
+        end_s=job.end_s,
+    )
+    most = max(1, min(len(wanted), probed.num_frames or 1))
     return _falling(
         [Rung(video_layout(count, spec).num_tokens, count) for count in range(most, 0, -1)]
     )

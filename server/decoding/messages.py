@@ -17,8 +17,6 @@ from server.media.limits import DecodeLimits
 
 MAX_TASK_BYTES = 64 * 1024
 MAX_ANSWER_BYTES = 4 * 1024
-MAX_LISTED_FRAMES = 10_000
-"""So many lengths fit into a task."""
 
 
 class Start(msgspec.Struct, frozen=True):

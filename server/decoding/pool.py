@@ -21,11 +21,11 @@ from server.config import MediaConfig
 from server.core import Tiles, VisionInput, VisionLayout, VisionSpec
 from server.decoding.jobs import Decoded, FramesJob, ImageJob, Job, Probed, kind_of
 from server.decoding.line import Line
-from server.decoding.messages import MAX_LISTED_FRAMES, Answer, ErrorName, Start, task_of
+from server.decoding.messages import Answer, ErrorName, Start, task_of
 from server.decoding.processes import ENTRY_MODULE, Decoder, DecoderLost, Forker, ForkerLost
 from server.errors import (
     ConfigError,
-    InvalidRequest,
+    InvalidStretch,
     MediaError,
     MediaTooLarge,
     ServerError,
@@ -34,6 +34,7 @@ from server.errors import (
     UnsupportedMediaType,
 )
 from server.media.file import MediaFile
+from server.media.kinds import MAX_LISTED_FRAMES
 from server.media.limits import DecodeLimits
 from server.vision.frames import video_layout
 from server.vision.tiles import image_layout, max_tiles, vision_input
@@ -164,7 +165,7 @@ class DecoderPool:
         if self._is_closed:
             raise ShuttingDown
         if len(self._waiting) >= self._max_waiting + self._num_idle:
-            raise Unavailable
+            raise Unavailable(shortage="decodes")
         if isinstance(request.job, FramesJob) and len(request.job.lengths) > MAX_LISTED_FRAMES:
             raise MediaTooLarge(
                 f"A list of frames may have at most {MAX_LISTED_FRAMES}.", kind="video"
@@ -258,7 +259,7 @@ class DecoderPool:
             ) from None
         except DecoderLost:
             if self._forker is None or self._forker.is_lost:  # no fault of this medium
-                raise Unavailable from None
+                raise Unavailable(shortage="decoders") from None
             raise MediaError(f"The {kind} cannot be decoded.", kind=kind) from None
 
     async def _decode(
@@ -325,9 +326,9 @@ class DecoderPool:
                 return await self._fork()
             except ForkerLost:
                 _log.error("No process that decodes media can be started; trying again.")
-                self._refuse_waiting(Unavailable())
+                self._refuse_waiting(Unavailable(shortage="decoders"))
                 if waiting is not None:
-                    _fail(waiting, Unavailable())
+                    _fail(waiting, Unavailable(shortage="decoders"))
                 await asyncio.sleep(RESTART_DELAY_S)
 
     async def _end(self, decoder: Decoder) -> None:
@@ -376,7 +377,7 @@ def _checked(answer: Answer, request: _Request) -> Answer:
         if not message.isprintable() or not message:
             raise DecoderLost
         if answer.error == "invalid value":
-            raise InvalidRequest(message)
+            raise InvalidStretch(message)
         raise _MEDIA_ERRORS[answer.error](message, kind=kind)
     numbers = (answer.decode_s, answer.preprocess_s, answer.duration_s or 0.0)
     if not all(map(math.isfinite, numbers)):

@@ -66,7 +66,7 @@ class SystemResolver:
         """NameNotFound, TimeoutError, or Unavailable where no lookup can be started in time."""
         self._running = {lookup for lookup in self._running if not lookup.done()}
         if len(self._running) >= self._max_lookups:
-            raise Unavailable
+            raise Unavailable(shortage="lookups")
         lookup = self._threads.submit(self._lookup, host, port)
         self._running.add(lookup)
         waiting = asyncio.wrap_future(lookup)
@@ -75,7 +75,7 @@ class SystemResolver:
                 return await asyncio.shield(waiting)
         except TimeoutError:
             if lookup.cancel():  # it never had a thread
-                raise Unavailable from None
+                raise Unavailable(shortage="lookups") from None
             raise
         except (OSError, UnicodeError):
             raise NameNotFound from None

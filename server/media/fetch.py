@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import httpcore
 import httpx
 
 from server.config import MediaConfig
-from server.errors import DownloadFailed, MediaFileTooLarge, ServerError, ShuttingDown, Unavailable
+from server.errors import DownloadFailed, MediaFileTooLarge, ServerError, ShuttingDown
 from server.media.cache import DiskCache, MediaCache, cache_key
 from server.media.dial import (
     AddressForbidden,
@@ -35,11 +35,10 @@ from server.media.dial import (
 from server.media.file import MediaFile, MediaFileWriter
 from server.media.freshness import StoredAnswer, confirmed, stored_answer, unpacked
 from server.media.guard import Guard, Target, refusal
+from server.media.kinds import SourceKind, max_bytes
 from server.media.turns import Turns
 
-SourceKind = Literal["image", "video"]
 CacheOutcome = Literal["hit", "revalidated", "miss"]
-_Result = TypeVar("_Result")
 
 SPEED_WINDOW_S = 5.0
 """How long a body may take for as many bytes as the least speed gives in that time."""
@@ -220,9 +219,9 @@ class Fetcher:
     async def _follow(self, target: Target, kind: SourceKind, tenant: str) -> Fetched:
         """Hop after hop, each with its own place in the cache and its own turn at its host."""
         clock = asyncio.get_running_loop().time
-        fetch_s = _of_kind(
-            kind, self._config.image_fetch_timeout_s, self._config.video_fetch_timeout_s
-        )
+        is_image = kind == "image"
+        config = self._config
+        fetch_s = config.image_fetch_timeout_s if is_image else config.video_fetch_timeout_s
         wait_s = self._max_wait_s
         for _ in range(self._config.max_redirects + 1):
             keys = self._keys(target, kind, tenant)
@@ -318,23 +317,23 @@ class Fetcher:
         return _Whole(await self._body(response, kind), headers)
 
     async def _body(self, response: httpx.Response, kind: SourceKind) -> MediaFile:
-        max_bytes = _of_kind(kind, self._config.max_image_bytes, self._config.max_video_bytes)
+        limit = max_bytes(self._config, kind)
         declared = response.headers.get("content-length", "")
-        if declared.isdigit() and int(declared) > max_bytes:
+        if declared.isdigit() and int(declared) > limit:
             raise MediaFileTooLarge(
-                f"The {kind} has {int(declared)} bytes; the limit is {max_bytes}.", kind=kind
+                f"The {kind} has {int(declared)} bytes; the limit is {limit}.", kind=kind
             )
         clock = asyncio.get_running_loop().time
         bytes_per_window = self._config.min_fetch_bytes_per_s * self._speed_window_s
         num_pieces = in_window = 0
-        writer = _Writer()
+        writer = MediaFileWriter()
         try:
             async with asyncio.timeout(self._speed_window_s) as slow:
                 async for piece in response.aiter_raw():
                     num_pieces += 1
-                    if writer.num_bytes + len(piece) > max_bytes:
+                    if writer.num_bytes + len(piece) > limit:
                         raise MediaFileTooLarge(
-                            f"The {kind} has more than {max_bytes} bytes, which is the limit.",
+                            f"The {kind} has more than {limit} bytes, which is the limit.",
                             kind=kind,
                         )
                     writer.write(piece)
@@ -412,37 +411,6 @@ class Fetcher:
         disk = self._disk
         if disk is not None and disk.is_on and len(self._disk_writes) < _MAX_DISK_WRITES:
             self._disk_writes.add(self._disk_users.submit(write, disk))
-
-
-def _of_kind(kind: SourceKind, image: _Result, video: _Result) -> _Result:
-    return image if kind == "image" else video
-
-
-class _Writer:
-    """A `MediaFileWriter` in memory; Unavailable where the machine has none left for it."""
-
-    def __init__(self) -> None:
-        with self._room():
-            self._writer = MediaFileWriter()
-
-    @property
-    def num_bytes(self) -> int:
-        return self._writer.num_bytes
-
-    def write(self, piece: bytes) -> None:
-        with self._room():
-            self._writer.write(piece)
-
-    def finish(self) -> MediaFile:
-        return self._writer.finish()
-
-    @staticmethod
-    @contextmanager
-    def _room() -> Iterator[None]:
-        try:
-            yield
-        except OSError:
-            raise Unavailable from None
 
 
 def _failed(kind: SourceKind, cause: str) -> DownloadFailed:

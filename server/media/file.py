@@ -7,12 +7,33 @@ mean.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
+
+from server.errors import StorageFull, Unavailable
+
+_DISK_IS_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_MACHINE_IS_FULL: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+
+
+@contextlib.contextmanager
+def asking_for_room(*, in_memory: bool = False) -> Iterator[None]:
+    """StorageFull or Unavailable in place of the OSErrors that mean: there is no room."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _MACHINE_IS_FULL or (in_memory and error.errno in _DISK_IS_FULL):
+            raise Unavailable(shortage="memory") from None
+        if error.errno in _DISK_IS_FULL:
+            raise StorageFull("The server's disk has no room for this file.") from None
+        raise
 
 
 class MediaFile:
@@ -65,19 +86,16 @@ class MediaFile:
 class MediaFileWriter:
     """A `MediaFile` while its bytes arrive: in memory, or without a name in a folder.
 
-    May raise OSError where there is no room. A writer that is dropped leaves nothing behind.
+    StorageFull or Unavailable where there is no room. One that is dropped leaves nothing behind.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         """None is memory."""
         self._is_finished = True  # until there is something to close
-        if folder is None:
-            descriptor = os.memfd_create("media", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            self._file: BinaryIO = os.fdopen(descriptor, "r+b", buffering=0)
-        else:
-            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
-        self._is_finished = False
         self._is_memory = folder is None
+        with asking_for_room(in_memory=self._is_memory):
+            self._file: BinaryIO = _new_file(folder)
+        self._is_finished = False
         self._digest = hashlib.sha256()
         self.num_bytes = 0
 
@@ -88,9 +106,9 @@ class MediaFileWriter:
     def write(self, data: bytes | memoryview) -> None:
         """Blocks for as long as the disk does, where the file is on one."""
         rest = memoryview(data)
-        while rest:
-            written = self._file.write(rest)
-            rest = rest[written:]
+        with asking_for_room(in_memory=self._is_memory):
+            while rest:
+                rest = rest[self._file.write(rest) :]
         self._digest.update(data)
         self.num_bytes += len(data)
 
@@ -102,7 +120,15 @@ class MediaFileWriter:
             fcntl.fcntl(file.fileno(), fcntl.F_ADD_SEALS, seals)
         else:
             # Opened again, so that whoever is given the descriptor cannot write through it.
-            file = open(f"/proc/self/fd/{self._file.fileno()}", "rb", buffering=0)  # noqa: SIM115
+            with asking_for_room():
+                file = open(f"/proc/self/fd/{file.fileno()}", "rb", buffering=0)  # noqa: SIM115
             self._file.close()
         self._is_finished = True  # the file is no longer this object's to close
         return MediaFile(file, num_bytes=self.num_bytes, digest=self._digest.hexdigest())
+
+
+def _new_file(folder: Path | None) -> BinaryIO:
+    if folder is not None:
+        return tempfile.TemporaryFile(dir=folder, buffering=0)
+    descriptor = os.memfd_create("media", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    return os.fdopen(descriptor, "r+b", buffering=0)

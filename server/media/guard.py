@@ -13,14 +13,14 @@ import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import httpx
 
 from server.config import MediaConfig
 from server.errors import ConfigError, InvalidMediaUrl
+from server.media.kinds import SourceKind
 
-SourceKind = Literal["image", "video"]
 IPAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 

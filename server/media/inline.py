@@ -17,8 +17,8 @@ from server.errors import (
     MediaTooLarge,
     quoted,
 )
+from server.media.kinds import MAX_LISTED_FRAMES, SourceKind, max_bytes
 
-SourceKind = Literal["image", "video"]
 SourceForm = Literal["inline", "frames", "url", "local", "file_id", "attachment"]
 
 _ACCEPTED = (
@@ -88,17 +88,17 @@ def read_source(source: str, config: MediaConfig, *, kind: SourceKind) -> bytes:
         )
     if source[:5].lower() == "data:":
         source = _data_url_payload(source, kind)
-    return _decode_base64(source, kind=kind, max_bytes=_max_bytes(config, kind))
+    return _decode_base64(source, kind=kind, max_bytes=max_bytes(config, kind))
 
 
 def frame_list(source: str, config: MediaConfig) -> list[bytes]:
     """The pictures of a list of frames, in order; together at most the limit of a video."""
     payload = _data_url_payload(source.strip(), "video")
     num_frames = payload.count(",") + 1
-    if num_frames > config.max_video_frames_decoded:
+    limit = min(MAX_LISTED_FRAMES, config.max_video_frames_decoded)
+    if num_frames > limit:
         raise MediaTooLarge(
-            f"The video has {num_frames} frames; the limit is {config.max_video_frames_decoded}.",
-            kind="video",
+            f"The video has {num_frames} frames; the limit is {limit}.", kind="video"
         )
     frames: list[bytes] = []
     num_bytes = 0
@@ -119,10 +119,6 @@ def frame_list(source: str, config: MediaConfig) -> list[bytes]:
 def _is_file_id(source: str) -> bool:
     rest = source[len(_FILE_ID_PREFIX) :] if source.startswith(_FILE_ID_PREFIX) else ""
     return len(rest) in _FILE_ID_CHARS and rest.isascii() and rest.isalnum()
-
-
-def _max_bytes(config: MediaConfig, kind: SourceKind) -> int:
-    return config.max_image_bytes if kind == "image" else config.max_video_bytes
 
 
 def _data_url_payload(url: str, kind: SourceKind) -> str:

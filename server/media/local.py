@@ -12,14 +12,12 @@ import os
 import stat
 import unicodedata
 from pathlib import Path
-from typing import Literal
 from urllib.parse import unquote_to_bytes
 
 from server.config import MediaConfig
 from server.errors import EmptyMediaFile, InvalidMediaUrl, MediaError, MediaFileTooLarge
 from server.media.file import MediaFile
-
-SourceKind = Literal["image", "video"]
+from server.media.kinds import SourceKind, max_bytes
 
 _REFUSAL = "There is no such local file, or local files are not allowed."
 _MAX_PATH_CHARS = 8_192
@@ -35,7 +33,7 @@ def open_local(source: str, config: MediaConfig, *, kind: SourceKind) -> MediaFi
     InvalidMediaUrl for everything that is not a readable regular file under the root; for one that
     is, EmptyMediaFile or MediaFileTooLarge where it has no bytes or more than its kind may.
     """
-    max_bytes = config.max_image_bytes if kind == "image" else config.max_video_bytes
+    limit = max_bytes(config, kind)
     path = _path_in(source.strip())
     if config.local_root is None or path is None:
         raise InvalidMediaUrl(_REFUSAL, kind=kind)
@@ -47,9 +45,9 @@ def open_local(source: str, config: MediaConfig, *, kind: SourceKind) -> MediaFi
     file = os.fdopen(descriptor, "rb", buffering=0)
     try:
         num_bytes = os.fstat(descriptor).st_size
-        if num_bytes > max_bytes:
+        if num_bytes > limit:
             raise MediaFileTooLarge(
-                f"The {kind} has {num_bytes} bytes; the limit is {max_bytes}.", kind=kind
+                f"The {kind} has {num_bytes} bytes; the limit is {limit}.", kind=kind
             )
         if num_bytes == 0:
             raise EmptyMediaFile(f"The {kind} is empty.", kind=kind)

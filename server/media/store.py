@@ -7,8 +7,6 @@ process at a time may use a folder. Must not know HTTP, nor what the bytes mean.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import logging
 import os
@@ -27,7 +25,7 @@ from typing import Final, Literal
 import msgspec
 
 from server.errors import FileNotFound, StorageFull
-from server.media.file import MediaFile
+from server.media.file import MediaFile, asking_for_room
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +37,6 @@ _ID = re.compile(rf"file-[A-Za-z0-9]{{{_ID_CHARS}}}", re.ASCII)
 _DESCRIPTION = ".json"
 _UNFINISHED = ".part"
 _MAX_DESCRIPTION_BYTES = 64 * 1024
-_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +57,6 @@ def owner_digest(tenant: str) -> str:
     """The owner whose files those of `tenant` are: nothing on disk names a key."""
     name = tenant.encode("utf-8")
     return hashlib.sha256(len(name).to_bytes(8, "big") + name).hexdigest()
-
-
-@contextlib.contextmanager
-def full_disk_is_storage_full() -> Iterator[None]:
-    """StorageFull in place of the OSErrors of a disk that has no room."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _NO_ROOM:
-            raise StorageFull("The server's disk has no room for this file.") from None
-        raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +109,7 @@ class FileStore:
         self.sweep()
         self._reserve(owner, num_files=1)
         try:
-            with full_disk_is_storage_full():
+            with asking_for_room():
                 return FileWriter(self, self._folder, owner, _new_id())
         except BaseException:
             self._release(owner, num_files=1)
@@ -164,7 +150,8 @@ class FileStore:
         """The file's bytes, which stay readable when it is deleted meanwhile."""
         stored = self.get(file_id, owner)
         try:
-            opened = open(self._folder / stored.id, "rb", buffering=0)  # noqa: SIM115
+            with asking_for_room():
+                opened = open(self._folder / stored.id, "rb", buffering=0)  # noqa: SIM115
         except FileNotFoundError:  # deleted since, or by hand
             raise FileNotFound() from None
         file = MediaFile(opened, num_bytes=stored.num_bytes, digest=stored.digest)
@@ -265,7 +252,7 @@ class FileWriter:
             self._store._reserve(self._owner, num_bytes=len(data))
             self.num_bytes += len(data)
             self._digest.update(data)
-            with full_disk_is_storage_full():
+            with asking_for_room():
                 rest = memoryview(data)
                 while rest:
                     rest = rest[self._file.write(rest) :]
@@ -285,7 +272,7 @@ class FileWriter:
                 created_at_s=now_s,
                 expires_at_s=now_s + min(ttl_s or self._store.ttl_s, self._store.ttl_s),
             )
-            with full_disk_is_storage_full():
+            with asking_for_room():
                 self._file.close()
                 self._publish(msgspec.json.encode(stored))
             self._is_ended = True

@@ -49,7 +49,7 @@ class Turns:
 
     async def _wait(self, host: str, max_wait_s: float) -> None:
         if len(self._waiting) >= self._max_waiting:
-            raise Unavailable
+            raise Unavailable(shortage="fetches")
         waiter = _Waiter(host)
         self._waiting.append(waiter)
         try:
@@ -61,7 +61,7 @@ class Turns:
             else:
                 self._waiting.remove(waiter)
             if isinstance(error, TimeoutError):
-                raise Unavailable from None
+                raise Unavailable(shortage="fetches") from None
             raise
 
     def _has_room(self, host: str) -> bool:

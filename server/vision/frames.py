@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from server.core import Tiles, VisionInput, VisionLayout, VisionSpec
-from server.errors import InvalidRequest
+from server.errors import InvalidStretch
 from server.vision.tiles import fit_to_tile, vision_input
 
 BASE_INTERVAL_S = 0.4
@@ -51,12 +51,12 @@ def wanted_window(
     """From when to when a video is looked at, within its duration; seconds from the first frame."""
     start_s = 0.0 if start_s is None else start_s
     if start_s > 0 and start_s >= duration_s:
-        raise InvalidRequest(
+        raise InvalidStretch(
             f"start_s is {start_s:g}; the video ends after {duration_s:.3f} seconds."
         )
     end_s = duration_s if end_s is None else min(end_s, duration_s)
     if end_s < start_s:
-        raise InvalidRequest(f"end_s is {end_s:g}, before start_s, which is {start_s:g}.")
+        raise InvalidStretch(f"end_s is {end_s:g}, before start_s, which is {start_s:g}.")
     return start_s, end_s
 
 

@@ -21,12 +21,12 @@ from server.errors import (
 )
 from server.media.inline import (
     SourceForm,
-    SourceKind,
     frame_list,
     is_frame_list,
     read_source,
     source_form,
 )
+from server.media.kinds import SourceKind
 
 CONFIG = MediaConfig()
 DATA = bytes(range(256)) * 3 + b"\xfb\xef\xff"
