@@ -146,7 +146,7 @@ async def _load(
 ) -> None:
     starting: list[Coroutine[Any, Any, None]] = [engine.start()]
     if media_reader is not None:
-        # First, so that the processes that strangers' bytes come to are forked from nothing else.
+        # Side by side: the forker is a new program, whatever else has been started by then.
         starting.insert(0, media_reader.start())
     try:
         await asyncio.gather(*starting)

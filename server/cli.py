@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -49,6 +50,8 @@ _log = logging.getLogger(__name__)
 
 # A group of processes is told to end more than once: by whoever ends it, and by make within it.
 SAME_SIGNAL_S = 0.5
+
+MAX_DESCRIPTORS = 65_536
 
 cli = typer.Typer(
     name="hcx-server",
@@ -129,6 +132,7 @@ def serve(
                     _bound_socket(settings.http.admin_host, settings.http.admin_port)
                 )
             _start_logging()
+            _allow_many_descriptors()
             _serve(settings, listener, admin_listener)
 
 
@@ -183,6 +187,13 @@ def _check_tensors(info: CheckpointInfo) -> None:
 
 
 # What `serve` does --------------------------------------------------------------------------------
+
+
+def _allow_many_descriptors() -> None:
+    """As many as the system lets an ordinary process have: connections and media are such."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _start_logging() -> None:

@@ -25,7 +25,10 @@ from server.api.multipart import AttachmentLimits, Attachments
 from server.api.schemas import parse_chat_request
 from server.api.sse import Answer, Envelope, EventStream, collect, sse_frames, until_client_leaves
 from server.chat.tokenizer import detokenize
-from server.errors import RequestTimeout, Unavailable
+from server.errors import MediaError, RequestTimeout, Unavailable
+
+MAX_ATTACHMENTS = 128
+"""Files that come with one request; of each the server holds a descriptor."""
 
 router = APIRouter()
 
@@ -59,8 +62,12 @@ async def chat_completions(request: Request) -> Response:
                 tenant=request.state.tenant,
                 attachments=attachments,
             )
-        except Unavailable:
-            state.metrics.count_rejection("media")
+        except Unavailable as error:
+            if error.shortage is not None:
+                state.metrics.count_rejection(error.shortage)
+            raise
+        except MediaError as error:
+            state.metrics.count_medium(error.kind, error.code)
             raise
         if attachments is not None:
             await attachments.finish()
@@ -107,7 +114,7 @@ async def _read_body(request: Request) -> tuple[dict[str, Any], Attachments | No
         request.headers["content-type"],
         spool_folder=state.media.spool_dir,
         limits=AttachmentLimits(
-            max_attachments=state.media.max_images + state.media.max_videos,
+            max_attachments=MAX_ATTACHMENTS,
             max_attachment_bytes=state.media.max_video_bytes,
             max_total_bytes=state.media.max_request_bytes,
             max_request_bytes=state.http.max_body_bytes,

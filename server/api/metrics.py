@@ -168,6 +168,16 @@ def read_media(reader: MediaReader) -> Iterator[Metric]:
     yield gauge("hcx_decodes_running", "Media with a decoder.", decoders.num_running)
     yield gauge("hcx_decodes_waiting", "Media that wait for a decoder.", decoders.num_waiting)
     yield gauge("hcx_decoder_processes", "Decoders there are.", decoders.num_processes)
+    yield counter(
+        "hcx_decoders_replaced",
+        "Decoders that were thrown away: after a failure, so many media, or for another tenant.",
+        decoders.num_replaced,
+    )
+    yield gauge(
+        "hcx_media_reads_blocking",
+        "Media being read from disks or base64 in threads, those that wait for one included.",
+        reader.num_blocking,
+    )
     yield gauge(
         "hcx_fetched_cache_bytes", "Fetched media kept in memory.", fetcher.num_cached_bytes
     )

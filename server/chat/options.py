@@ -1,8 +1,9 @@
 """What a client may say about how its pictures and videos are looked at.
 
 `media_options` stands in a request, for all its media, and in a content part, for that one; what a
-part says comes first. They may only lower what the server and the checkpoint allow: a value beyond
-that is refused, never cut silently. Must not know where media come from or how they are decoded.
+part says comes first. They may only lower what the server and the checkpoint allow: a number beyond
+that is refused, and a rate gives no more frames than the checkpoint takes. Must not know where
+media come from or how they are decoded.
 """
 
 from __future__ import annotations

@@ -73,6 +73,7 @@ HINT_FIELDS: Mapping[str, int] = {
     "lens_local_keywords": MAX_HINT_CHARS,
     "speech_to_text": MAX_HINT_CHARS,
 }
+FILE_SOURCES = ("file_id", "file_data")
 MEDIA_FIELDS = (*HINT_FIELDS, "media_options", "on_error")
 """What every part with a medium may say beside where it is."""
 
@@ -303,7 +304,7 @@ def _parse_file(part: Mapping[str, Any], path: str) -> MediaPart:
     _refuse_unknown(part, path, ("type", "file", *MEDIA_FIELDS))
     file_path = f"{path}.file"
     file = _object(_required(part, "file", file_path), file_path)
-    _refuse_unknown(file, file_path, ("file_id", "file_data", "filename"))
+    _refuse_unknown(file, file_path, (*FILE_SOURCES, "filename"))
     return _file(file, part, file_path, path)
 
 
@@ -315,8 +316,8 @@ def _parse_input_image(part: Mapping[str, Any], path: str) -> MediaPart:
 
 
 def _parse_input_file(part: Mapping[str, Any], path: str) -> MediaPart:
-    _refuse_unknown(part, path, ("type", "file_id", "file_data", *MEDIA_FIELDS))
-    return _file(part, part, path, path)
+    _refuse_unknown(part, path, ("type", *FILE_SOURCES, "file_url", *MEDIA_FIELDS))
+    return _file(part, part, path, path, sources=(*FILE_SOURCES, "file_url"))
 
 
 PART_TYPES: Mapping[str, Callable[[Mapping[str, Any], str], Part]] = {
@@ -334,9 +335,16 @@ PART_TYPES: Mapping[str, Callable[[Mapping[str, Any], str], Part]] = {
 }
 
 
-def _file(file: Mapping[str, Any], part: Mapping[str, Any], file_path: str, path: str) -> MediaPart:
+def _file(
+    file: Mapping[str, Any],
+    part: Mapping[str, Any],
+    file_path: str,
+    path: str,
+    *,
+    sources: Sequence[str] = FILE_SOURCES,
+) -> MediaPart:
     """An uploaded file, or one that is sent along; its bytes say what it is."""
-    name = _one_of(file, ("file_id", "file_data"), file_path)
+    name = _one_of(file, sources, file_path)
     filename = file.get("filename")
     if filename is not None:
         _string(filename, f"{file_path}.filename", max_chars=MAX_FILENAME_CHARS)
@@ -344,14 +352,14 @@ def _file(file: Mapping[str, Any], part: Mapping[str, Any], file_path: str, path
     return _media(None, file[name], part, param=f"{file_path}.{name}", path=path)
 
 
-def _one_of(values: Mapping[str, Any], names: tuple[str, str], path: str) -> str:
-    """Which of two fields is given; it must be exactly one."""
+def _one_of(values: Mapping[str, Any], names: Sequence[str], path: str) -> str:
+    """Which of some fields is given; it must be exactly one."""
     given = [name for name in names if values.get(name) is not None]
     if not given:
-        raise MissingParameter(f"{names[0]} or {names[1]} is missing.", param=f"{path}.{names[0]}")
+        raise MissingParameter(f"{' or '.join(names)} is missing.", param=f"{path}.{names[0]}")
     if len(given) > 1:
         raise InvalidRequest(
-            f"{names[0]} and {names[1]} cannot both be given.", param=f"{path}.{names[1]}"
+            f"{given[0]} and {given[1]} cannot both be given.", param=f"{path}.{given[1]}"
         )
     return given[0]
 

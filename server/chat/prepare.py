@@ -16,7 +16,7 @@ from functools import partial
 from typing import TypeVar, get_args
 
 from server.chat.media import Attachments, LeftOut, MediaReader, MediaReport, Medium
-from server.chat.options import NO_OPTIONS, MediaOptions
+from server.chat.options import NO_OPTIONS, MediaOptions, check_limits
 from server.chat.parts import (
     MediaPart,
     Message,
@@ -196,12 +196,9 @@ class Preparer:
         attachments: Attachments | None,
     ) -> _Prompt:
         parts = _media_of(messages)
-        if not parts:
+        self._check_options(request, parts)
+        if not parts or self._media is None:
             return _Prompt(tuple(await self._encode(messages, request)))
-        if self._media is None:
-            raise UnsupportedParameter(
-                f"This model takes no {parts[0].kind}s, only text.", param=parts[0].path
-            )
         reading = self._media.begin(tenant=tenant, attachments=attachments)
         messages = with_parts(messages, await reading.kinds(parts))
         parts = _media_of(messages)
@@ -224,6 +221,21 @@ class Preparer:
         places = {medium.part.path: place for place, medium in enumerate(ordered)}
         reports = tuple((each.report, places.get(each.part.path)) for each in outcomes)
         return _Prompt(prompt_ids, tuple(ordered), starts, reports)
+
+    def _check_options(self, request: ChatRequest, parts: Sequence[MediaPart]) -> None:
+        """Also where there are no media: what is said must make sense."""
+        spec = self.facts.vision
+        if spec is not None:
+            check_limits(request.media_options, spec, "media_options")
+            return
+        if parts:
+            raise UnsupportedParameter(
+                f"This model takes no {parts[0].kind}s, only text.", param=parts[0].path
+            )
+        if request.media_options != NO_OPTIONS or request.visual_token_budget is not None:
+            raise UnsupportedParameter(
+                "This model takes no pictures or videos, only text.", param="media_options"
+            )
 
     async def _encode(self, messages: Sequence[Message], request: ChatRequest) -> list[int]:
         """The prompt's ids with one placeholder for each medium."""

@@ -91,6 +91,7 @@ class DecoderPool:
         self._num_videos = 0
         self._num_idle = 0
         self._num_running = 0
+        self._num_replaced = 0
         self._workers: list[asyncio.Task[None]] = []
         self._copier = ThreadPoolExecutor(config.decode_processes, thread_name_prefix="tiles")
         self._is_closed = False
@@ -107,6 +108,10 @@ class DecoderPool:
     def num_processes(self) -> int:
         """The decoders that exist, the forker not counted."""
         return len(self._decoders)
+
+    @property
+    def num_replaced(self) -> int:
+        return self._num_replaced
 
     async def start(self) -> None:
         """Returns when decoders wait for jobs. ConfigError where they cannot be had here."""
@@ -321,6 +326,7 @@ class DecoderPool:
     async def _replace(self, decoder: Decoder, waiting: _Request | None = None) -> Decoder:
         """Another decoder in the place of this one; `waiting` has been promised it."""
         await self._end(decoder)
+        self._num_replaced += 1
         while True:
             try:
                 return await self._fork()

@@ -60,7 +60,8 @@ class Metrics:
         self._media = Counter(
             "hcx_media",
             "Pictures and videos of prepared requests: hit (finished pixels were there), bytes "
-            "(the file was), miss, or the error's code of one that was left out.",
+            "(the file was), miss, or an error's code: of one that was left out, or that a request "
+            "failed by.",
             ["kind", "outcome"],
             registry=self._registry,
         )

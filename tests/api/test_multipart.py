@@ -29,7 +29,7 @@ from server.api.multipart import (
     PartData,
     PartEnd,
 )
-from server.errors import InvalidRequest, RequestReceiveTimeout, RequestTooLarge, StorageFull
+from server.errors import InvalidRequest, MediaFileTooLarge, RequestReceiveTimeout, StorageFull
 
 TYPE = "multipart/form-data; boundary=edge"
 KOREAN = "고양이 사진.jpg"
@@ -494,8 +494,8 @@ MIB = WRITE_BYTES
 PUMPED_ERRORS: list[tuple[bytes, type[Exception], str]] = [
     (part("a", b"1"), InvalidRequest, "closing boundary"),
     (b"--edge\r\n\r\n", InvalidRequest, "content-disposition"),
-    (part("a", b"x" * (4 * MIB + 1)) + CLOSE, RequestTooLarge, "'a' is larger"),
-    (part("a", b"x" * (4 * MIB)) + part("b", b"x" * (3 * MIB)), RequestTooLarge, "together"),
+    (part("a", b"x" * (4 * MIB + 1)) + CLOSE, MediaFileTooLarge, "'a' is larger"),
+    (part("a", b"x" * (4 * MIB)) + part("b", b"x" * (3 * MIB)), MediaFileTooLarge, "together"),
     (part("request", b"again") + CLOSE, InvalidRequest, "two parts"),
     (b"".join(part(f"p{i}") for i in range(5)) + CLOSE, InvalidRequest, "more than 5"),
 ]

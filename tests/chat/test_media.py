@@ -17,11 +17,11 @@ import pytest
 import pytest_asyncio
 from PIL import Image
 
-from server.chat.media import LeftOut, MediaReader, Medium, Reading
+from server.chat.media import FRAMES_AT_ONCE, LeftOut, MediaReader, Medium, Reading
 from server.chat.options import NO_OPTIONS, MediaOptions
 from server.chat.parts import MediaPart, parse_messages
 from server.config import MediaConfig
-from server.core import VisionSpec
+from server.core import VisionLayout, VisionSpec
 from server.decoding.jobs import Decoded, Job, Probed
 from server.decoding.pool import DecoderPool
 from server.errors import (
@@ -34,6 +34,8 @@ from server.errors import (
 from server.media.fetch import Fetched
 from server.media.file import MediaFile
 from server.media.store import FileStore, owner_digest
+from server.vision.frames import video_layout
+from tests.clips import clip
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -148,7 +150,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> FileStore:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def reader(vision: VisionSpec, folder: Path, files: FileStore) -> AsyncIterator[MediaReader]:
-    config = MediaConfig(local_root=folder, max_request_bytes=200_000, max_image_bytes=100_000)
+    config = MediaConfig(
+        local_root=folder,
+        max_request_bytes=200_000,
+        max_image_bytes=100_000,
+        max_video_bytes=200_000,
+    )
     reader = MediaReader(
         config, vision, fetcher=Host(), decoders=DecoderPool(config, vision), files=files
     )
@@ -223,20 +230,58 @@ async def test_every_source_gives_the_same_pixels(
     assert by_id[0].vision.digest == media[0].vision.digest
 
 
+@pytest.mark.parametrize("filename", [None, "a.png", "a.mp4", "a"])
+@pytest.mark.parametrize("declared", ["", "data:image/png;base64,", "data:video/mp4;base64,"])
 @pytest.mark.parametrize(
-    ("data", "kind"), [(png(9, 9), "image"), (gif(3), "image")], ids=["PNG", "GIF"]
+    ("data", "kind", "other"),
+    [
+        (png(9, 9), "image", {"fps": 1}),
+        (gif(3), "image", {"start_s": 1}),
+        (clip(4), "video", {"detail": "low"}),
+    ],
+    ids=["PNG", "GIF", "MP4"],
 )
 async def test_of_a_file_the_bytes_say_what_it_is(
-    reader: MediaReader, data: bytes, kind: str
+    reader: MediaReader,
+    data: bytes,
+    kind: str,
+    other: dict[str, object],
+    declared: str,
+    filename: str | None,
 ) -> None:
-    part = {"type": "file", "file": {"file_data": base64_of(data)}}
+    part = {"type": "file", "file": {"file_data": declared + base64_of(data), "filename": filename}}
     (medium,) = await read(reader, part)
     assert medium.part.kind == medium.report.kind == medium.vision.kind == kind
-    error = await refusal(reader, part | {"media_options": {"fps": 1}})
+    error = await refusal(reader, part | {"media_options": other})
     assert (error.code, error.param) == (
         "invalid_value",
-        "messages[0].content[0].media_options.fps",
+        f"messages[0].content[0].media_options.{next(iter(other))}",
     )
+
+
+async def test_a_file_keeps_to_the_limit_of_what_it_is(reader: MediaReader, host: Host) -> None:
+    long = clip(4) + bytes(100_000)  # what follows the last atom is ignored
+    large = png(9, 9) + bytes(100_000)
+    host.answers = {"https://example.com/a": long, "https://example.com/b": large}
+    for data, url in ((long, "https://example.com/a"), (large, "https://example.com/b")):
+        for source in ({"file_data": base64_of(data)}, {"file_url": url}):
+            part = {"type": "input_file", **source}
+            if data is long:
+                (medium,) = await read(reader, part)
+                assert medium.report.kind == "video"
+                continue
+            error = await refusal(reader, part)
+            assert error.code == "image_file_too_large"
+            assert error.message.startswith("messages[0].content[0], fetch: ")
+            (left_out,) = await read(reader, part | {"on_error": "skip"})
+            assert left_out.report.error_code == "image_file_too_large"
+
+
+async def test_a_list_of_frames_may_come_as_a_file(reader: MediaReader) -> None:
+    frames = ",".join(base64_of(png(9, 9, shade)) for shade in (10, 20))
+    part = {"type": "file", "file": {"file_data": f"data:video/jpeg;base64,{frames}"}}
+    (medium,) = await read(reader, part)
+    assert (medium.report.kind, medium.report.num_frames) == ("video", 2)
 
 
 async def test_another_caller_s_file_is_not_there(reader: MediaReader, files: FileStore) -> None:
@@ -281,6 +326,31 @@ async def test_lists_are_limited(reader: MediaReader) -> None:
         await read(reader, video(["AAAA"] * 1_025))
     error = await refusal(reader, video([base64_of(bytes(70_000))] * 3))
     assert error.code == "video_file_too_large"
+
+
+async def test_of_a_long_list_few_files_are_open_and_no_more_is_got_than_may_be(
+    reader: MediaReader, host: Host
+) -> None:
+    urls = [f"https://example.com/{number}" for number in range(60)]
+    host.answers = {url: png(9, 9, number) for number, url in enumerate(urls)}
+    most = 0
+    fetch = host.fetch
+
+    async def watched(url: str, *, kind: str, tenant: str) -> Fetched:
+        nonlocal most
+        most = max(most, num_memory_files())
+        return await fetch(url, kind=kind, tenant=tenant)
+
+    host.fetch = watched  # type: ignore[method-assign]
+    (medium,) = await read(reader, video(urls))
+    assert medium.report.duration_s == 60
+    assert most <= FRAMES_AT_ONCE + 2
+
+    host.asked.clear()
+    host.answers = {url: bytes(30_000) for url in urls}
+    error = await refusal(reader, video(urls))
+    assert error.code == "video_file_too_large"
+    assert len(host.asked) <= 200_000 // 30_000 + FRAMES_AT_ONCE
 
 
 async def test_a_request_has_so_many_bytes(reader: MediaReader) -> None:
@@ -384,6 +454,7 @@ async def test_the_part_s_word_comes_before_the_request_s(reader: MediaReader) -
     )
     assert [medium.report.num_grids for medium in media] == [1, 4, None]
     assert media[0].report.options == {"detail": "high", "max_grids": 1}
+    assert media[1].report.options == {"detail": "high", "max_grids": 4}
     assert media[2].report.num_frames == 3
     assert media[2].report.options["max_frames"] == 3
 
@@ -410,9 +481,48 @@ async def test_videos_are_looked_at_as_asked(
 
 
 async def test_nothing_is_seen_after_the_end(reader: MediaReader) -> None:
-    part = video(base64_of(gif(3)), media_options={"start_s": 60})
-    error = await refusal(reader, part)
-    assert error.code == "invalid_value"
+    beyond = {"start_s": 60}
+    source = base64_of(gif(3))
+    for budget in (None, 100):
+        error = await refusal(reader, video(source, media_options=beyond), budget=budget)
+        assert (error.code, error.param) == (
+            "invalid_value",
+            "messages[0].content[0].media_options",
+        )
+        assert error.message.startswith("messages[0].content[0], decode: ")
+        error = await refusal(reader, video(source), options=MediaOptions(start_s=60))
+        assert error.param == "media_options"
+        part = video(source, media_options=beyond, on_error="skip")
+        (left_out,) = await read(reader, part, budget=budget)
+        assert left_out.report.error_code == "invalid_value"
+
+
+@pytest.mark.parametrize("own", [{"num_frames": 1}, {"max_frames": 2}, {"fps": 0.5}, {}])
+async def test_a_budget_that_is_kept_anyway_changes_nothing(
+    reader: MediaReader, own: dict[str, Any]
+) -> None:
+    """Whatever the file holds: only what would be taken of it counts."""
+    content = [image(png(200, 200)), video(base64_of(gif(60)), media_options=own)]
+    without = [medium.vision for medium in await read(reader, *content)]
+    total = sum(vision.num_tokens for vision in without)
+    for budget in (total, 10_000):
+        assert [medium.vision for medium in await read(reader, *content, budget=budget)] == without
+    (_, less) = await read(reader, *content, budget=total - 1)
+    assert less.vision.num_tokens <= without[1].num_tokens
+
+
+async def test_planning_costs_nothing_however_many_frames_a_video_has(
+    reader: MediaReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def counted(num_frames: int, spec: VisionSpec) -> VisionLayout:
+        asked.append(num_frames)
+        return video_layout(num_frames, spec)
+
+    monkeypatch.setattr("server.chat.media.video_layout", counted)
+    await read(reader, video(base64_of(gif(200))), budget=9)
+    assert len(asked) <= 18
 
 
 @pytest.mark.parametrize("budget", range(2, 140, 9))

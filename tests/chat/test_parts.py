@@ -88,6 +88,10 @@ PARTS: list[tuple[dict[str, Any], Any]] = [
         media("image", is_kind_known=False, param=f"{P}[0].file_id"),
     ),
     (
+        {"type": "input_file", "file_url": "AAAA"},
+        media("image", is_kind_known=False, param=f"{P}[0].file_url"),
+    ),
+    (
         {"type": "input_file", "file_data": "AAAA", "filename": "a.mp4"},
         media(
             "image",

@@ -12,6 +12,7 @@ import pytest_asyncio
 from PIL import Image
 
 from server.chat.media import MediaReader
+from server.chat.options import MediaOptions
 from server.chat.prepare import ChatRequest, ModelFacts, Prepared, Preparer
 from server.chat.template import ChatTemplate
 from server.chat.tokenizer import Tokenizer
@@ -221,6 +222,21 @@ async def test_a_text_model_takes_no_pictures(tokenizer: Tokenizer, facts: Model
         code = await refusal(preparer, user(text("x"), part))
         assert code == ("unsupported_parameter", "messages[0].content[1]")
     preparer.close()
+
+
+async def test_options_must_make_sense_where_there_are_no_media_too(
+    preparer: Preparer, tokenizer: Tokenizer, facts: ModelFacts
+) -> None:
+    options = MediaOptions(max_grids=9_999)
+    code = await refusal(preparer, user(text("x")), media_options=options)
+    assert code == ("invalid_value", "media_options.max_grids")
+    template = ChatTemplate(tokenizer, template=STRING_TEMPLATE, revision_layout="text")
+    facts = replace(facts, vision=None)
+    text_only = Preparer(tokenizer, template, facts=facts, limits=LIMITS, media=None)
+    for said in ({"media_options": MediaOptions(fps=1.0)}, {"visual_token_budget": 5}):
+        code = await refusal(text_only, user(text("x")), **said)
+        assert code == ("unsupported_parameter", "media_options")
+    text_only.close()
 
 
 async def test_the_answer_gets_what_is_left(preparer: Preparer) -> None:
