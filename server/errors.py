@@ -11,6 +11,7 @@
     │   ├── ArrayTooLong                400 array_above_max_length
     │   ├── PromptTooLong               400 context_length_exceeded
     │   ├── InvalidPrompt               400 invalid_prompt
+    │   ├── AttachmentNotFound          400 invalid_value
     │   ├── InvalidStretch              400 invalid_value
     │   ├── MediaError                  400 image_parse_error / video_parse_error
     │   │   ├── InvalidMediaUrl         400 invalid_image_url / invalid_video_url
@@ -132,6 +133,10 @@ class InvalidPrompt(InvalidRequest):
     """The number of media and of their places in the prompt differ."""
 
     code = "invalid_prompt"
+
+
+class AttachmentNotFound(InvalidRequest):
+    """A medium refers to a part that the request does not have."""
 
 
 class InvalidStretch(InvalidRequest):

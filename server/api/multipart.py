@@ -22,7 +22,7 @@ from python_multipart.exceptions import FormParserError
 from starlette.types import Message, Receive
 
 from server.api.middleware import ClientGone
-from server.errors import InvalidRequest, MediaFileTooLarge, quoted
+from server.errors import AttachmentNotFound, InvalidRequest, MediaFileTooLarge, quoted
 from server.media.file import MediaFile, MediaFileWriter
 
 Result = TypeVar("Result")
@@ -365,7 +365,7 @@ class Attachments:
         self._wanted.add(key)
         while self._error is None and key not in self._complete:
             if self._is_ended:
-                raise InvalidRequest(f"The request has no part named {quoted(name)}.")
+                raise AttachmentNotFound(f"The request has no part named {quoted(name)}.")
             await self._changed.wait()
         if self._error is not None:
             raise self._error

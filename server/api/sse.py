@@ -292,6 +292,7 @@ class EventStream(Response):
             )
             if leaving.done() and leaving.exception() is not None and self._is_started:
                 await pumping  # it meets the same error, and ends the body with it
+                return
             if pumping.done():
                 pumping.result()
             elif keeping_alive.done():

@@ -28,9 +28,9 @@ from server.core import MediaKind, Tiles, VisionInput, VisionSpec
 from server.decoding.jobs import Decoded, FramesJob, ImageJob, Job, Probed, VideoJob
 from server.errors import (
     ArrayTooLong,
+    AttachmentNotFound,
     EmptyMediaFile,
     FileNotFound,
-    InvalidMediaUrl,
     InvalidRequest,
     InvalidStretch,
     MediaError,
@@ -45,7 +45,7 @@ from server.media.inline import frame_list, is_frame_list, read_source, source_f
 from server.media.kinds import max_bytes
 from server.media.local import open_local
 from server.media.store import FileStore, owner_digest
-from server.vision.frames import sample_times, video_layout
+from server.vision.frames import video_layout
 from server.vision.tiles import image_layout
 
 MAX_LISTED_SOURCES = 1_024
@@ -56,6 +56,7 @@ FRAMES_AT_ONCE = 4
 
 SNIFFED_BYTES = 64
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+LEAST_STRETCH_S = 0.001
 FRAMES_PER_S = 1.0
 """Of a list of frames that says no rate."""
 
@@ -64,7 +65,7 @@ CacheOutcome = Literal["hit", "bytes", "miss"]
 
 Stage = Literal["fetch", "decode"]
 
-OF_THE_MEDIUM = (MediaError, FileNotFound, InvalidStretch)
+OF_THE_MEDIUM = (MediaError, FileNotFound, AttachmentNotFound, InvalidStretch)
 """Errors of a medium and not of its request: `on_error` may make do without it."""
 
 _T = TypeVar("_T")
@@ -77,7 +78,7 @@ class Attachments(Protocol):
     """Media that come in the body of the request, after what refers to them."""
 
     async def get(self, name: str) -> MediaFile:
-        """Waits until it is there. InvalidRequest where the body ends without it."""
+        """Waits until it is there. AttachmentNotFound where the body ends without it."""
 
 
 class Fetcher(Protocol):
@@ -360,8 +361,7 @@ class Reading:
             return _left_out(part, error.code)
         if part.kind == "image":
             return _picture_sizes(probed, options, self._reader.spec)
-        assert not isinstance(job, ImageJob)  # its part is a video
-        return _video_sizes(probed, job, self._reader.spec)
+        return _video_sizes(probed, self._reader.spec)
 
     def _key(self, job: Job, obtained: _Obtained) -> str:
         spec = msgspec.json.encode(self._reader.spec)
@@ -402,7 +402,9 @@ class Reading:
     async def _find_frames(self, part: MediaPart) -> _Obtained:
         """A few at a time, each added to the file of all: so many files are never open together."""
         if len(part.sources) > MAX_LISTED_SOURCES:
-            raise ArrayTooLong(f"At most {MAX_LISTED_SOURCES} frames are accepted in a list.")
+            raise ArrayTooLong(
+                f"At most {MAX_LISTED_SOURCES} frames are accepted in a list.", param=part.param
+            )
         writer = MediaFileWriter()
         lengths: list[int] = []
         num_cached = 0
@@ -450,8 +452,8 @@ class Reading:
                 return await reader.run(partial(reader.files.open, source, owner), on_disk=True)
             case "attachment":
                 if self._attachments is None:
-                    raise InvalidMediaUrl(
-                        "Attachments come with requests sent as multipart/form-data.", kind=kind
+                    raise AttachmentNotFound(
+                        "Attachments come with requests sent as multipart/form-data."
                     )
                 return await self._attachments.get(source.removeprefix("attachment:"))
             case _:
@@ -523,8 +525,8 @@ def _named(error: _Error, part: MediaPart, stage: Stage) -> _Error:
     if isinstance(told, InvalidStretch):
         is_own = part.options.start_s is not None or part.options.end_s is not None
         told.param = f"{part.path}.media_options" if is_own else "media_options"
-    told.param = told.param or part.param
     if isinstance(told, OF_THE_MEDIUM):
+        told.param = told.param or part.param
         told.message = f"{part.path}, {stage}: {told.message}"
     return told
 
@@ -597,7 +599,8 @@ def _effective(job: Job, decoded: Decoded, spec: VisionSpec) -> dict[str, object
     return {
         "start_s": start_s,
         "end_s": end_s,
-        "fps": round((decoded.num_frames or 0) / seen_s, 3) if seen_s > 0 else None,
+        # Of a moment there is no rate.
+        "fps": round((decoded.num_frames or 0) / seen_s, 3) if seen_s >= LEAST_STRETCH_S else None,
         "num_frames": job.num_frames,
         "max_frames": min(job.max_frames or spec.max_frames, spec.max_frames),
     }
@@ -623,18 +626,9 @@ def _picture_sizes(probed: Probed, options: MediaOptions, spec: VisionSpec) -> l
     return _falling([rung(max_grids) for max_grids in range(most, -1, -1)])
 
 
-def _video_sizes(probed: Probed, job: VideoJob | FramesJob, spec: VisionSpec) -> list[Rung]:
+def _video_sizes(probed: Probed, spec: VisionSpec) -> list[Rung]:
     """From the frames that would be taken without a budget down to one."""
-    wanted = sample_times(
-        probed.duration_s or 0.0,
-        spec,
-        fps=job.fps if isinstance(job, VideoJob) else None,
-        num_frames=job.num_frames,
-        max_frames=job.max_frames,
-        start_s=job.start_s,
-        end_s=job.end_s,
-    )
-    most = max(1, min(len(wanted), probed.num_frames or 1))
+    most = max(1, min(probed.num_frames or 1, spec.max_frames))
     return _falling(
         [Rung(video_layout(count, spec).num_tokens, count) for count in range(most, 0, -1)]
     )

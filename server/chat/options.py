@@ -115,7 +115,7 @@ def check_kind(options: MediaOptions, kind: MediaKind, path: str) -> None:
     for each in fields(options):
         if getattr(options, each.name) is not None and each.name not in FIELDS_OF[kind]:
             raise InvalidRequest(
-                f"{each.name} has no meaning for a medium that is a {kind}.",
+                f"{each.name} has no meaning for a medium of the kind {kind}.",
                 param=f"{path}.{each.name}",
             )
 

@@ -75,7 +75,7 @@ class Probed:
     """What is known of a medium without decoding it.
 
     `size` is a picture's upright (width, height); of a video it is that of the stored frames, which
-    may be shown turned. `num_frames` is how many different frames are shown in the wanted window.
+    may be shown turned. `num_frames` is how many frames the job would take, None of a picture.
     """
 
     size: tuple[int, int]

@@ -20,7 +20,6 @@ import numpy as np
 from server.config import MediaConfig
 from server.core import Tiles, VisionInput, VisionLayout, VisionSpec
 from server.decoding.jobs import Decoded, FramesJob, ImageJob, Job, Probed, kind_of
-from server.decoding.line import Line
 from server.decoding.messages import Answer, ErrorName, Start, task_of
 from server.decoding.processes import ENTRY_MODULE, Decoder, DecoderLost, Forker, ForkerLost
 from server.errors import (
@@ -28,6 +27,7 @@ from server.errors import (
     InvalidStretch,
     MediaError,
     MediaTooLarge,
+    RateLimited,
     ServerError,
     ShuttingDown,
     Unavailable,
@@ -36,6 +36,7 @@ from server.errors import (
 from server.media.file import MediaFile
 from server.media.kinds import MAX_LISTED_FRAMES
 from server.media.limits import DecodeLimits
+from server.media.line import Line
 from server.vision.frames import video_layout
 from server.vision.tiles import image_layout, max_tiles, vision_input
 
@@ -170,12 +171,15 @@ class DecoderPool:
         if self._is_closed:
             raise ShuttingDown
         if len(self._waiting) >= self._max_waiting + self._num_idle:
-            raise Unavailable(shortage="decodes")
+            crowded_out = self._waiting.crowd_out(tenant=request.tenant)
+            if crowded_out is None:
+                raise Unavailable(shortage="decodes")
+            _fail(crowded_out, RateLimited())
         if isinstance(request.job, FramesJob) and len(request.job.lengths) > MAX_LISTED_FRAMES:
             raise MediaTooLarge(
                 f"A list of frames may have at most {MAX_LISTED_FRAMES}.", kind="video"
             )
-        self._waiting.add(request, tenant=request.tenant, is_video=request.is_video)
+        self._waiting.add(request, tenant=request.tenant)
         self._may_go_on.set()
         try:
             return await request.result
@@ -212,8 +216,7 @@ class DecoderPool:
         self._num_idle += 1
         try:
             while True:
-                with_videos = self._num_videos < self._max_videos
-                request = self._waiting.take(with_videos=with_videos)
+                request = self._waiting.take(self._may_go)
                 if request is not None:
                     self._num_videos += request.is_video
                     return request
@@ -221,6 +224,10 @@ class DecoderPool:
                 await self._may_go_on.wait()
         finally:
             self._num_idle -= 1
+
+    def _may_go(self, request: _Request) -> bool:
+        """Videos take long: they leave a decoder for the pictures behind them."""
+        return not request.is_video or self._num_videos < self._max_videos
 
     async def _serve(self, decoder: Decoder, request: _Request) -> bool:
         """Give a request its result; whether the decoder may have another."""
@@ -364,7 +371,7 @@ class DecoderPool:
             return self._forker
 
     def _refuse_waiting(self, error: Unavailable) -> None:
-        while (request := self._waiting.take(with_videos=True)) is not None:
+        while (request := self._waiting.take()) is not None:
             _fail(request, error)
 
 

@@ -17,7 +17,6 @@ from server.decoding.jobs import FramesJob, ImageJob, VideoJob
 from server.decoding.messages import Answer, ErrorName, Start, Task
 from server.errors import MediaError, MediaTooLarge, ServerError, UnsupportedMediaType
 from server.media.image import decode_image, probe_image
-from server.media.limits import DecodeLimits
 from server.media.video import (
     DecodedVideo,
     ProbedVideo,
@@ -26,7 +25,7 @@ from server.media.video import (
     probe_frame_list,
     probe_video,
 )
-from server.vision.frames import sample_times, video_tiles, wanted_window
+from server.vision.frames import sample_times, video_tiles
 from server.vision.tiles import fit_to_tile, image_tiles, largest_resize
 
 
@@ -40,7 +39,7 @@ def do(task: Task, data: bytes, start: Start) -> tuple[Answer, Tiles | None]:
                 return _image(job, data, start)
             case VideoJob() | FramesJob() as video_job:
                 if task.is_probe:
-                    return _probed(_probe(video_job, data, start.limits)), None
+                    return _probed(_probe(video_job, data, start)), None
                 return _video(video_job, data, start)
     except ServerError as error:
         return Answer(error=_name_of(error), message=error.message), None
@@ -118,11 +117,12 @@ def _decode(job: VideoJob | FramesJob, data: bytes, start: Start, fit: _Stopwatc
     return decode_frame_list(frames, start.limits, fps=job.fps, sample_times=times, fit=fit)
 
 
-def _probe(job: VideoJob | FramesJob, data: bytes, limits: DecodeLimits) -> ProbedVideo:
-    window = partial(wanted_window, start_s=job.start_s, end_s=job.end_s)
+def _probe(job: VideoJob | FramesJob, data: bytes, start: Start) -> ProbedVideo:
+    times = _sample_times(job, start.spec)
     if isinstance(job, VideoJob):
-        return probe_video(data, limits, window=window)
-    return probe_frame_list(_listed(job, data), limits, fps=job.fps, window=window)
+        return probe_video(data, start.limits, sample_times=times)
+    frames = _listed(job, data)
+    return probe_frame_list(frames, start.limits, fps=job.fps, sample_times=times)
 
 
 def _probed(video: ProbedVideo) -> Answer:

@@ -229,7 +229,7 @@ class Fetcher:
             if stored is not None and stored.is_fresh(self._clock()):
                 return Fetched(await self._file_of(stored), "hit")
             asked_at = clock()
-            async with self._turns.turn(target.host, max_wait_s=wait_s):
+            async with self._turns.turn(target.host, tenant=tenant, max_wait_s=wait_s):
                 began_at = clock()
                 wait_s -= began_at - asked_at
                 try:

@@ -78,7 +78,9 @@ def _path_in(source: str) -> str | None:
             path = unquote_to_bytes(rest).decode("utf-8")
         except UnicodeError:
             return None
-    return path if path and "\0" not in path else None
+    # Without steps up: whether they lead through a folder outside would tell that it is there.
+    is_plain = "\0" not in path and ".." not in path.split("/")
+    return path if path and is_plain else None
 
 
 def _existing(root: Path, path: str) -> Path:

@@ -163,8 +163,8 @@ class FileStore:
     def delete(self, file_id: str, owner: str) -> None:
         """FileNotFound where it is not there. OSError where the disk does not let it go."""
         file = self.get(file_id, owner)
-        self._forget(file)
         _remove(self._folder / file.id)
+        self._forget(file)  # now: what is still on the disk comes back with the next start
 
     def sweep(self) -> None:
         """Remove from the disk what has expired."""

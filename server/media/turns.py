@@ -1,4 +1,4 @@
-"""Who may fetch now: so many in all, so many from one host, the rest in the order they came.
+"""Who may fetch now: so many in all, so many from one host, the rest in line.
 
 Must not know what a fetch is.
 """
@@ -11,13 +11,18 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from server.errors import Unavailable
+from server.errors import RateLimited, Unavailable
+from server.media.line import Line
 
 
 @dataclass(eq=False)
 class _Waiter:
+    """`turn` is done when it has come, or will not come."""
+
     host: str
-    is_called: asyncio.Event = field(default_factory=asyncio.Event)
+    turn: asyncio.Future[None] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
 
 
 class Turns:
@@ -27,7 +32,7 @@ class Turns:
         self._max_running = max_running
         self._max_per_host = max_per_host
         self._max_waiting = max_waiting
-        self._waiting: list[_Waiter] = []
+        self._waiting: Line[_Waiter] = Line()
         self._running_of_host: Counter[str] = Counter()
         self.num_running = 0
 
@@ -36,30 +41,34 @@ class Turns:
         return len(self._waiting)
 
     @asynccontextmanager
-    async def turn(self, host: str, *, max_wait_s: float) -> AsyncIterator[None]:
-        """Holds a turn; Unavailable where too many wait already, or it does not come in time."""
+    async def turn(self, host: str, *, tenant: str, max_wait_s: float) -> AsyncIterator[None]:
+        """Holds a turn. Unavailable where too many wait already, or it does not come in time;
+        RateLimited for one that must make room for another tenant's."""
         if self._has_room(host):
             self._start(host)
         else:
-            await self._wait(host, max_wait_s)
+            await self._wait(host, tenant, max_wait_s)
         try:
             yield
         finally:
             self._end(host)
 
-    async def _wait(self, host: str, max_wait_s: float) -> None:
+    async def _wait(self, host: str, tenant: str, max_wait_s: float) -> None:
         if len(self._waiting) >= self._max_waiting:
-            raise Unavailable(shortage="fetches")
+            crowded_out = self._waiting.crowd_out(tenant=tenant)
+            if crowded_out is None:
+                raise Unavailable(shortage="fetches")
+            crowded_out.turn.set_exception(RateLimited())
         waiter = _Waiter(host)
-        self._waiting.append(waiter)
+        self._waiting.add(waiter, tenant=tenant)
         try:
             async with asyncio.timeout(max_wait_s):
-                await waiter.is_called.wait()
+                await asyncio.shield(waiter.turn)
         except BaseException as error:
-            if waiter.is_called.is_set():  # called and told to leave in the same moment
+            has_come = waiter.turn.done() and waiter.turn.exception() is None
+            if has_come:  # called and told to leave in the same moment
                 self._end(host)
-            else:
-                self._waiting.remove(waiter)
+            self._waiting.remove(waiter, tenant=tenant)
             if isinstance(error, TimeoutError):
                 raise Unavailable(shortage="fetches") from None
             raise
@@ -79,8 +88,6 @@ class Turns:
         self._running_of_host[host] -= 1
         if not self._running_of_host[host]:
             del self._running_of_host[host]
-        for waiter in list(self._waiting):
-            if self._has_room(waiter.host):
-                self._waiting.remove(waiter)
-                self._start(waiter.host)
-                waiter.is_called.set()
+        while (waiter := self._waiting.take(lambda each: self._has_room(each.host))) is not None:
+            self._start(waiter.host)
+            waiter.turn.set_result(None)

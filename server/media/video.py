@@ -17,7 +17,7 @@ import io
 import math
 import struct
 import time
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -38,8 +38,6 @@ from server.media.limits import DecodeLimits
 
 SampleTimes: TypeAlias = Callable[[float], Sequence[float]]
 """From a duration to the wanted moments in seconds after the first frame, ascending."""
-Window: TypeAlias = Callable[[float], tuple[float, float]]
-"""From a duration to the first and the last moment that are of interest, in seconds."""
 Fit: TypeAlias = Callable[[Image.Image], Image.Image]
 """From a full-size RGB frame to what is kept of it."""
 _Packet: TypeAlias = "av.Packet[av.VideoStream]"
@@ -95,21 +93,22 @@ def decode_video(
         )
 
 
-def probe_video(data: bytes, limits: DecodeLimits, *, window: Window) -> ProbedVideo:
-    """Size, duration and number of frames by the packets' times, without decoding any."""
+def probe_video(data: bytes, limits: DecodeLimits, *, sample_times: SampleTimes) -> ProbedVideo:
+    """What `decode_video` would find, by the packets' times, without decoding any."""
     deadline = time.monotonic() + limits.video_decode_timeout_s
     with _opened(data, limits, deadline) as (stream, packets, _):
         size = stream.codec_context.width, stream.codec_context.height
         shown = _shown_packets(packets)
-        if shown is None:  # the times tell nothing: the header's duration, and every packet counts
-            duration = (stream.duration or 0) * Fraction(stream.time_base or 0)
-            window(float(duration))
-            return ProbedVideo(size, float(duration), len(packets))
+        if shown is None:  # the times tell nothing: at most so many frames by the header's duration
+            duration_s = float((stream.duration or 0) * Fraction(stream.time_base or 0))
+            most = min(len(packets), len(sample_times(duration_s)))
+            return ProbedVideo(size, duration_s, most)
         timeline = _timeline_of(packets, shown, Fraction(stream.time_base or 0))
         _check_duration(timeline.duration_s, limits)
         duration_s = float(timeline.duration_s)
         times_s = timeline.seconds(timeline.ticks)
-        return ProbedVideo(size, duration_s, num_shown(times_s, window(duration_s)))
+        num_frames = len(choose_frames(times_s, sample_times(duration_s)))
+        return ProbedVideo(size, duration_s, num_frames)
 
 
 def decode_frame_list(
@@ -139,19 +138,13 @@ def decode_frame_list(
 
 
 def probe_frame_list(
-    frames: Sequence[bytes], limits: DecodeLimits, *, fps: float, window: Window
+    frames: Sequence[bytes], limits: DecodeLimits, *, fps: float, sample_times: SampleTimes
 ) -> ProbedVideo:
-    """Size, duration and number of frames of a list; of the first picture the header is read."""
+    """The same of a list; of the first picture the header is read."""
     duration_s = float(_check_frame_list(frames, limits, fps))
     size = _of_frame(0, lambda: probe_image(frames[0], _limits_of_frame(limits)))
     times_s = [index / fps for index in range(len(frames))]
-    return ProbedVideo(size, duration_s, num_shown(times_s, window(duration_s)))
-
-
-def num_shown(times_s: Sequence[float], window_s: tuple[float, float]) -> int:
-    """How many of the frames at those times (ascending) are shown between two moments."""
-    first = max(0, bisect_right(times_s, window_s[0] + _SAME_MOMENT_S) - 1)
-    return max(1, bisect_left(times_s, window_s[1] - _SAME_MOMENT_S) - first)
+    return ProbedVideo(size, duration_s, len(choose_frames(times_s, sample_times(duration_s))))
 
 
 @contextmanager

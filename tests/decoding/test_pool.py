@@ -16,7 +16,7 @@ import pytest
 
 from server.config import MediaConfig
 from server.decoding.jobs import Decoded, FramesJob, ImageJob, Job, VideoJob
-from server.decoding.messages import MAX_LISTED_FRAMES, Start, task_of
+from server.decoding.messages import Start, task_of
 from server.decoding.pool import DecoderPool
 from server.decoding.work import do
 from server.errors import (
@@ -28,6 +28,7 @@ from server.errors import (
     Unavailable,
 )
 from server.media.file import MediaFile
+from server.media.kinds import MAX_LISTED_FRAMES
 from server.vision.frames import video_layout
 from server.vision.tiles import image_layout, vision_input
 from tests.clips import SIZE, clip

@@ -709,27 +709,28 @@ def test_limits_of_lists() -> None:
         of_list([], moments)
 
 
-@pytest.mark.parametrize(
-    ("window", "count"),
-    [((0.0, 10.0), 20), ((0.0, 0.0), 1), ((2.0, 4.0), 4), ((2.2, 4.2), 5), ((9.9, 10.0), 1)],
-)
+@pytest.mark.parametrize("moments", [[0.0], [1.0, 4.0], [2.0, 2.1, 2.2, 9.9], [9.9, 10.0]])
 @pytest.mark.parametrize("container", ["mp4", "matroska", "avi", "gif"])
-def test_probing(window: tuple[float, float], count: int, container: str) -> None:
-    """Each frame of the window counts that a moment within it can show."""
+def test_probing_tells_what_decoding_would_find(moments: list[float], container: str) -> None:
     data = clip(20, container=container, codec="gif" if container == "gif" else "mpeg4")
     asked: list[float] = []
 
-    def wanted(duration_s: float) -> tuple[float, float]:
+    def wanted(duration_s: float) -> list[float]:
         asked.append(duration_s)
-        return window
+        return moments
 
-    video = probe_video(data, CONFIG, window=wanted)
-    assert (video.size, video.duration_s, video.num_frames) == (SIZE, 10.0, count)
+    video = probe_video(data, CONFIG, sample_times=wanted)
+    decoded = decoded_at(data, moments)
+    assert (video.size, video.duration_s) == (SIZE, decoded.duration_s) == (SIZE, 10.0)
+    assert video.num_frames == len(decoded.frames)
     assert asked == [10.0]
-    moments = np.linspace(*window, 200, endpoint=False).tolist()
-    assert len(decoded_at(data, moments).frames) == count
-    frames = probe_frame_list(listed(20), CONFIG, fps=2.0, window=wanted)
+    frames = probe_frame_list(listed(20), CONFIG, fps=2.0, sample_times=wanted)
     assert frames == video
+
+
+def every_frame(duration_s: float) -> list[float]:
+    """Of a clip of two frames a second."""
+    return [index / 2 for index in range(round(duration_s * 2))]
 
 
 def test_probing_is_held_to_the_same_limits() -> None:
@@ -739,12 +740,12 @@ def test_probing_is_held_to_the_same_limits() -> None:
         ("max_video_packets", 19),
     ):
         with pytest.raises(MediaTooLarge):
-            probe_video(clip(20), limits(**{field: value}), window=lambda end_s: (0.0, end_s))
+            probe_video(clip(20), limits(**{field: value}), sample_times=every_frame)
     # no frame is decoded
     unlimited = limits(max_video_frames_decoded=1)
-    assert probe_video(clip(20), unlimited, window=lambda end_s: (0.0, end_s)).num_frames == 20
+    assert probe_video(clip(20), unlimited, sample_times=every_frame).num_frames == 20
 
 
 def test_probing_without_usable_times() -> None:
-    video = probe_video(motion_jpeg([0, 500, 500, 1000]), CONFIG, window=lambda end_s: (0.0, end_s))
+    video = probe_video(motion_jpeg([0, 500, 500, 1000]), CONFIG, sample_times=every_frame)
     assert video.num_frames == 4
