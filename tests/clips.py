@@ -18,6 +18,7 @@ BLOCK = 8
 COLUMNS, ROWS = 6, 4
 SIZE = (COLUMNS * BLOCK, ROWS * BLOCK)  # (width, height)
 RED = (200, 30, 30)
+NUM_GREYS = 53
 
 
 def numbered_frame(number: int, *, scale: int = 1) -> Image.Image:
@@ -148,6 +149,42 @@ def changing_size(num_frames: int, *, factor: int = 2) -> bytes:
     times_ms = [500 * index for index in range(num_frames)]
     half = num_frames // 2
     return motion_jpeg(times_ms, factors=[1] * half + [factor] * (num_frames - half))
+
+
+def recurring_greys(num_frames: int, *, container: str, rate: int) -> bytes:
+    """Frames of 16 x 16, each a keyframe and evenly grey, of shades that take turns.
+
+    Each shade is encoded once and its packet written again and again, so that many cost little.
+    """
+    shades = [np.full((16, 16, 3), 20 + 4 * shade, dtype=np.uint8) for shade in range(NUM_GREYS)]
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as output:
+        options = {"preset": "ultrafast", "crf": "1", "threads": "1"}
+        stream = output.add_stream("libx264", rate=rate, options=options)
+        assert isinstance(stream, av.VideoStream)
+        stream.width = stream.height = 16
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.gop_size = 1
+        payloads: list[bytes] = []
+        for pixels in shades:
+            frame = av.VideoFrame.from_ndarray(pixels).reformat(format="yuv420p")
+            payloads.extend(bytes(packet) for packet in stream.encode(frame))
+        payloads.extend(bytes(packet) for packet in stream.encode(None))
+        assert len(payloads) == NUM_GREYS
+        for index in range(num_frames):
+            packet: av.Packet[av.VideoStream] = av.Packet(payloads[index % NUM_GREYS])
+            packet.stream = stream
+            packet.pts = packet.dts = index
+            packet.duration = 1
+            packet.time_base = Fraction(1, rate)
+            packet.is_keyframe = True
+            output.mux(packet)
+    return file.getvalue()
+
+
+def grey_number(picture: Image.Image) -> int:
+    """Which of the recurring shades a frame has."""
+    return round((float(np.asarray(picture).mean()) - 20) / 4)
 
 
 def remuxed(data: bytes, *, container: str, drop: Sequence[int] = (), shift: int = 0) -> bytes:

@@ -3,8 +3,13 @@
 The one rule of conversion, whatever the file's mode: samples are scaled to 8 bits (of deeper ones
 the high byte is kept), the EXIF orientation is applied, every kind of transparency is flattened on
 white, colour profiles are ignored (CMYK is converted without one), and of an animation the first
-frame is taken. Pure functions of (bytes, settings); must not know where bytes come from or what
-pixels are for.
+frame is taken.
+
+Whether a BMP is transparent its header says, as viewers have it: only a 32-bit one with bit masks,
+one of them for alpha (BITMAPV3 to V5), and only if not all of it is zero. The fourth byte of every
+other 32-bit pixel is padding, whatever it holds.
+
+Pure functions of (bytes, settings); must not know where bytes come from or what pixels are for.
 """
 
 import io
@@ -56,6 +61,10 @@ _ADAM7: Final = (
     (1, 0, 2, 2),
     (0, 1, 1, 2),
 )
+# Where a BMP's headers hold what is read here, and the headers that can hold a mask for alpha.
+_BMP_PIXELS_AT, _BMP_HEADER_AT, _BMP_BITS_AT = slice(10, 14), slice(14, 18), slice(28, 30)
+_BMP_COLOURS_AT, _BMP_ALPHA_MASK_AT = slice(46, 50), slice(66, 70)
+_BMP_WITH_ALPHA_MASK: Final = (56, 108, 124)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +86,8 @@ def decode_image(
     image_format = _accepted_format(data)
     if image_format == "JPEG" and not _has_jpeg_end(data):
         raise MediaError("The image is damaged or incomplete.", kind="image")
+    if image_format == "BMP":
+        data = _with_long_palette(data)
     try:
         with Image.open(io.BytesIO(data), formats=(image_format,)) as image:
             _check_size(image.size, limits)
@@ -89,7 +100,10 @@ def decode_image(
                     raise MediaError("The image is damaged or incomplete.", kind="image")
                 _scale_transparent_colour(image, bit_depth=data[24])
             orientation = _orientation(image)
-            rgb = to_rgb(image)
+            if image_format == "BMP" and image.mode == "RGBA" and not _has_bmp_alpha(image, data):
+                rgb = image.convert("RGB")
+            else:
+                rgb = to_rgb(image)
         upright = rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
         return Picture(upright, _upright_size(stored_size, orientation))
     except MediaError:
@@ -190,6 +204,42 @@ def _has_all_png_rows(data: bytes, size: tuple[int, int]) -> bool:
                 piece = stream.unconsumed_tail
         position += 12 + length
     return found >= expected
+
+
+def _has_bmp_alpha(image: Image.Image, data: bytes) -> bool:
+    """Whether the fourth channel of a 32-bit BMP means alpha. `image` is in mode RGBA."""
+    if int.from_bytes(data[_BMP_HEADER_AT], "little") not in _BMP_WITH_ALPHA_MASK:
+        return False
+    return any(data[_BMP_ALPHA_MASK_AT]) and image.getchannel("A").getbbox() is not None
+
+
+def _with_long_palette(data: bytes) -> bytes:
+    """A BMP of 4 or 8 bits a pixel whose palette is short and grey, with a palette of 256 colours.
+
+    Pillow takes a palette that looks like a plain scale of greys for none at all, and then reads
+    one bit or one byte a pixel, whatever the depth: of a picture in black and white only black is
+    left. Padded with black it is no scale any more.
+    """
+    header_size, bits, num_colours, pixels_at = (
+        int.from_bytes(data[place], "little")
+        for place in (_BMP_HEADER_AT, _BMP_BITS_AT, _BMP_COLOURS_AT, _BMP_PIXELS_AT)
+    )
+    if not 40 <= header_size <= 124 or bits not in (4, 8):
+        return data
+    num_colours = num_colours or 1 << bits
+    if num_colours > (2 if bits == 8 else 16):
+        return data
+    scale = (0, 255) if num_colours == 2 else range(num_colours)
+    start, stop = 14 + header_size, 14 + header_size + 4 * num_colours
+    palette = data[start:stop]
+    if any(palette[4 * i : 4 * i + 3] != bytes([level] * 3) for i, level in enumerate(scale)):
+        return data
+    headers = bytearray(data[:start])
+    headers[_BMP_COLOURS_AT] = (256).to_bytes(4, "little")
+    headers[_BMP_PIXELS_AT] = (start + 4 * 256).to_bytes(4, "little")
+    # where it is not said where the pixels lie, they follow the palette
+    pixels = data[pixels_at if pixels_at > start else stop :]
+    return bytes(headers) + palette.ljust(4 * 256, b"\0") + pixels
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import colorsys
 import io
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import product
 
 import numpy as np
 import pytest
@@ -195,9 +197,243 @@ def test_modes_that_no_accepted_format_opens_in() -> None:
     pa.putpixel((0, 0), (1, 255))
     pa.putpixel((1, 0), (1, 0))
     assert np.asarray(to_rgb(pa)).tolist() == [[[40, 50, 60], [255, 255, 255]]]
-    for mode in ("YCbCr", "HSV", "LAB", "RGBX"):
-        assert to_rgb(Image.new(mode, (2, 2))).mode == "RGB"
     assert np.asarray(to_rgb(Image.new("RGBa", (1, 1), (0, 0, 0, 0)))).tolist() == [[[255] * 3]]
+
+
+def from_ycbcr(y: int, cb: int, cr: int) -> tuple[float, ...]:
+    """JFIF's formula."""
+    blue, red = cb - 128, cr - 128
+    return y + 1.402 * red, y - 0.344136 * blue - 0.714136 * red, y + 1.772 * blue
+
+
+def from_hsv(hue: int, saturation: int, value: int) -> tuple[float, ...]:
+    return tuple(255 * x for x in colorsys.hsv_to_rgb(hue / 255, saturation / 255, value / 255))
+
+
+def from_lab(lightness: int, a: int, b: int) -> tuple[float, ...]:
+    """CIE L*a*b* with the white of D50, by way of XYZ, to sRGB. `a` and `b` are signed bytes."""
+    y = (lightness / 255 * 100 + 16) / 116
+    factors = (y + (a ^ 128) / 500 - 128 / 500, y, y - (b ^ 128) / 200 + 128 / 200)
+    cubes = [f**3 if f > 6 / 29 else 3 * (6 / 29) ** 2 * (f - 4 / 29) for f in factors]
+    xyz = np.array(cubes) * (0.9642, 1.0, 0.8249)
+    matrix = [  # sRGB's primaries, adapted to D50
+        [3.1338561, -1.6168667, -0.4906146],
+        [-0.9787684, 1.9161415, 0.0334540],
+        [0.0719453, -0.2289914, 1.4052427],
+    ]
+    linear = np.clip(matrix @ xyz, 0, 1)
+    curved = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return tuple(255 * curved)
+
+
+@pytest.mark.parametrize(
+    ("mode", "reference"),
+    [
+        ("YCbCr", from_ycbcr),
+        ("HSV", from_hsv),
+        ("LAB", from_lab),
+        ("RGBX", lambda red, green, blue, _: (red, green, blue)),
+    ],
+)
+def test_colour_spaces(mode: str, reference: Callable[..., tuple[float, ...]]) -> None:
+    first = others = [0, 30, 77, 128, 166, 201, 255]
+    if mode == "LAB":  # colours well within sRGB: at its edges the converter's table is coarse
+        first, others = [120, 140, 166, 201], [0, 6, 12, 244, 250]
+    samples = np.array(list(product(first, others, others)), dtype=np.uint8)
+    if mode == "RGBX":
+        padding = np.arange(len(samples), dtype=np.uint8)[:, None]
+        samples = np.concatenate([samples, padding], axis=1)
+    image = Image.frombytes(mode, (len(samples), 1), samples.tobytes())
+    result = to_rgb(image)
+    assert result.mode == "RGB"
+    expected = np.clip([reference(*sample) for sample in samples.tolist()], 0, 255)
+    tolerance = {"YCbCr": 1.5, "HSV": 1, "LAB": 2, "RGBX": 0}[mode]
+    assert np.abs(np.asarray(result)[0] - expected).max() <= tolerance
+
+
+def cmyk_gradients() -> Image.Image:
+    """Left to right one ink after the other and all at once grow, on paper and on other inks."""
+    ramp = np.arange(0, 256, 2, dtype=np.uint8)
+    rows = np.zeros((80, 128, 4), dtype=np.uint8)
+    for ink in range(4):
+        rows[16 * ink : 16 * ink + 8, :, ink] = ramp
+        rows[16 * ink + 8 : 16 * ink + 16] = (40, 90, 150, 60)
+        rows[16 * ink + 8 : 16 * ink + 16, :, ink] = ramp
+    rows[64:72] = ramp[:, None]
+    rows[72:, :, 3] = ramp
+    rows[72:, :, 1] = ramp[::-1]
+    return Image.fromarray(rows, "CMYK")
+
+
+def from_cmyk(image: Image.Image) -> list[list[list[float]]]:
+    """Ink lets through what it does not cover, and so does black. Pixel by pixel."""
+    return [
+        [[(255 - ink) * (255 - black) / 255 for ink in inks] for *inks, black in row]
+        for row in np.asarray(image).tolist()
+    ]
+
+
+def test_cmyk() -> None:
+    image = cmyk_gradients()
+    result = to_rgb(image)
+    assert result.mode == "RGB"
+    assert np.abs(np.asarray(result) - np.array(from_cmyk(image))).max() <= 2
+
+
+def test_cmyk_jpeg_gradients() -> None:
+    image = cmyk_gradients()
+    data = saved(image, "JPEG", quality=100)
+    assert b"Adobe" in data[:64]  # its inks are stored inverted
+    result = np.asarray(decode_image(data, CONFIG).pixels)
+    assert np.abs(result - np.array(from_cmyk(image))).max() <= 2
+
+
+BMP_MASKS = (0xFF0000, 0xFF00, 0xFF)
+
+
+def bmp(
+    bits: int,
+    rows: Sequence[bytes],
+    *,
+    width: int,
+    palette: Sequence[tuple[int, int, int]] = (),
+    num_colours: int | None = None,
+    compression: int = 0,
+    header_size: int = 40,
+    masks: Sequence[int] = (),
+    pixels_at: int | None = None,
+    is_top_down: bool = False,
+) -> bytes:
+    """A BMP written by hand. Rows come from the top; behind a header of 40 bytes lie the masks."""
+    height = -len(rows) if is_top_down else len(rows)
+    colours = len(palette) if num_colours is None else num_colours
+    header = struct.pack(
+        "<IiiHHIIiiII", header_size, width, height, 1, bits, compression, 0, 0, 0, colours, 0
+    )
+    header += struct.pack(f"<{len(masks)}I", *masks).ljust(header_size - 40, b"\0")
+    header += b"".join(bytes([blue, green, red, 0]) for red, green, blue in palette)
+    order = rows if is_top_down else rows[::-1]
+    pixels = b"".join(row + bytes(-len(row) % 4) for row in order)
+    start = 14 + len(header)
+    file_header = struct.pack(
+        "<IHHI", start + len(pixels), 0, 0, start if pixels_at is None else pixels_at
+    )
+    return b"BM" + file_header + header + pixels
+
+
+BLACK_WHITE = [(0, 0, 0), (255, 255, 255)]
+PAINTS = [(10, 20, 30), (200, 0, 90), (0, 255, 0), (255, 255, 255)]
+INDICES = [[0, 1, 1, 0, 1], [1, 0, 0, 0, 1]]
+
+
+def packed(indices: Sequence[int], bits: int) -> bytes:
+    """A row of palette indices, the first in the highest bits."""
+    text = "".join(f"{index:0{bits}b}" for index in indices)
+    text += "0" * (-len(text) % 8)
+    return bytes(int(text[at : at + 8], 2) for at in range(0, len(text), 8))
+
+
+@pytest.mark.parametrize("is_top_down", [False, True])
+@pytest.mark.parametrize(
+    "palette",
+    [
+        BLACK_WHITE,
+        BLACK_WHITE[::-1],
+        PAINTS[:2],
+        [(0, 0, 0), (1, 1, 1)],
+    ],
+)
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_bmp_of_two_colours(
+    bits: int, palette: list[tuple[int, int, int]], is_top_down: bool
+) -> None:
+    rows = [packed(row, bits) for row in INDICES]
+    expected = [palette[index] for row in INDICES for index in row]
+    data = bmp(bits, rows, width=5, palette=palette, is_top_down=is_top_down)
+    assert decoded(data) == expected
+    assert decoded(data[:10] + bytes(4) + data[14:]) == expected  # where the pixels lie is not said
+
+
+@pytest.mark.parametrize("says_how_many", [False, True])
+@pytest.mark.parametrize(("bits", "length"), [(4, 16), (8, 256)])
+@pytest.mark.parametrize("kind", ["colours", "all greys", "dark greys"])
+def test_bmp_of_a_full_palette(bits: int, length: int, kind: str, says_how_many: bool) -> None:
+    step = {"colours": 0, "all greys": 255 // (length - 1), "dark greys": 1}[kind]
+    palette = [(index * step,) * 3 for index in range(length)]
+    if kind == "colours":
+        palette = [(index, 255 - index, index * 7 % 256) for index in range(length)]
+    indices = [index * 37 % length for index in range(42)]
+    rows = [packed(indices[at : at + 3], bits) for at in range(0, 42, 3)]
+    data = bmp(bits, rows, width=3, palette=palette, num_colours=length if says_how_many else 0)
+    assert decoded(data) == [palette[index] for index in indices]
+
+
+def test_bmp_of_a_short_palette() -> None:
+    indices = [0, 1, 2, 3, 2, 1, 0, 3, 3]
+    for bits in (4, 8):
+        data = bmp(bits, [packed(indices, bits)], width=9, palette=PAINTS)
+        assert decoded(data) == [PAINTS[index] for index in indices]
+
+
+@pytest.mark.parametrize("palette", [BLACK_WHITE, PAINTS])
+def test_bmp_in_runs(palette: list[tuple[int, int, int]]) -> None:
+    eight = bmp(8, [bytes([3, 1, 2, 0, 0, 1])], width=5, palette=palette, compression=1)
+    four = bmp(4, [bytes([3, 0x11, 2, 0, 0, 1])], width=5, palette=palette, compression=2)
+    expected = [palette[1]] * 3 + [palette[0]] * 2
+    assert decoded(eight) == expected
+    assert decoded(four) == expected
+
+
+def test_bmp_of_true_colours() -> None:
+    rows = [bytes([3, 2, 1, 6, 5, 4, 9, 8, 7]), bytes([0, 0, 255, 0, 255, 0, 255, 0, 0])]
+    expected = [(1, 2, 3), (4, 5, 6), (7, 8, 9), (255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    for is_top_down in (False, True):
+        assert decoded(bmp(24, rows, width=3, is_top_down=is_top_down)) == expected
+    sixteen = struct.pack("<3H", 0x1F, 0x3E0, 0x7C00)
+    assert decoded(bmp(16, [sixteen], width=3)) == [(0, 0, 255), (0, 255, 0), (255, 0, 0)]
+
+
+ALPHA = 0xFF000000
+
+
+@pytest.mark.parametrize(
+    ("header_size", "compression", "masks", "has_alpha"),
+    [
+        (40, 0, (), False),
+        (40, 3, BMP_MASKS, False),
+        (52, 3, BMP_MASKS, False),
+        (56, 3, (*BMP_MASKS, 0), False),
+        (56, 3, (*BMP_MASKS, ALPHA), True),
+        (108, 0, (*BMP_MASKS, ALPHA), False),  # without compression by masks they do not count
+        (108, 3, (*BMP_MASKS, 0), False),
+        (108, 3, (0, 0, 0, 0), False),
+        (108, 3, (*BMP_MASKS, ALPHA), True),
+        (124, 0, (), False),
+        (124, 3, (*BMP_MASKS, 0), False),
+        (124, 3, (*BMP_MASKS, ALPHA), True),
+    ],
+)
+@pytest.mark.parametrize("alphas", [(0, 0, 0), (255, 255, 255), (0, 100, 255)])
+def test_bmp_alpha(
+    header_size: int,
+    compression: int,
+    masks: tuple[int, ...],
+    has_alpha: bool,
+    alphas: tuple[int, int, int],
+) -> None:
+    """Only a mask makes the fourth byte alpha; nothing at all to see is not meant either."""
+    colours = [(10, 20, 30), (200, 100, 0), (1, 2, 3)]
+    row = b"".join(
+        bytes([blue, green, red, alpha])
+        for (red, green, blue), alpha in zip(colours, alphas, strict=True)
+    )
+    data = bmp(32, [row], width=3, compression=compression, header_size=header_size, masks=masks)
+    if has_alpha and any(alphas):
+        colours = [
+            (on_white(colour[0], alpha), on_white(colour[1], alpha), on_white(colour[2], alpha))
+            for colour, alpha in zip(colours, alphas, strict=True)
+        ]
+    assert decoded(data) == colours
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -377,6 +613,30 @@ def _exif_holding(payload: bytes) -> Image.Exif:
     exif = Image.Exif()
     exif[0x927C] = payload  # the maker's note
     return exif
+
+
+@given(
+    bits=st.sampled_from([1, 4, 8, 16, 24, 32]),
+    header=st.binary(min_size=0, max_size=130),
+    known=st.booleans(),
+    numbers=st.lists(
+        st.sampled_from([0, 1, 2, 16, 40, 54, 108, 2**32 - 1]), min_size=3, max_size=3
+    ),
+)
+@settings(max_examples=300, deadline=None)
+def test_any_bmp_header_gives_pixels_or_a_media_error(
+    bits: int, header: bytes, known: bool, numbers: list[int]
+) -> None:
+    """Also where its numbers point nowhere."""
+    colours, size, start = numbers
+    data = bmp(bits, [bytes(20)] * 3, width=4, palette=BLACK_WHITE, num_colours=colours)
+    changed = bytearray(data)
+    changed[10:18] = struct.pack("<II", start, 40 if known else size)
+    for whole in (bytes(changed), bytes(changed[:30]) + header, bytes(changed[: len(header)])):
+        try:
+            decoded(whole)
+        except MediaError as error:
+            assert error.status == 400
 
 
 @given(

@@ -32,13 +32,16 @@ from server.media.video import (
     probe_video,
 )
 from tests.clips import (
+    NUM_GREYS,
     SIZE,
     changing_size,
     clip,
     damaged,
     frame_number,
+    grey_number,
     motion_jpeg,
     numbered_frame,
+    recurring_greys,
     remuxed,
     without_frames,
     without_video,
@@ -47,6 +50,7 @@ from tests.limits import limits
 
 CONFIG = limits()
 FRAGMENTED = {"movflags": "frag_keyframe+empty_moov"}
+CUES = b"\x1c\x53\xbb\x6b"  # the name of the element that is Matroska's index
 MILLISECONDS = Fraction(1, 1000)
 
 
@@ -467,12 +471,9 @@ def test_nothing_to_show(data: bytes) -> None:
 
 def test_frames_that_all_fail() -> None:
     data = damaged(clip(12, codec="mjpeg", container="mov"), numbers=range(12))
-    try:
-        video = decoded(data)
-    except MediaError as error:
-        assert error.code == "video_parse_error"
-    else:
-        assert len(video.frames) <= 12
+    with pytest.raises(MediaError, match="No frame of the video can be decoded") as caught:
+        decoded(data)
+    assert caught.value.code == "video_parse_error"
     data = clip(12, container="matroska")
     with av.open(io.BytesIO(data)) as source:
         packets = [bytes(packet) for packet in source.demux(video=0) if packet.size]
@@ -620,12 +621,32 @@ def test_a_monstrous_frame_is_not_made() -> None:
 def test_unknown_duration(container: str) -> None:
     """A live recording: neither a duration nor an index in the file."""
     codec = "libvpx" if container == "webm" else "libx264"
+    assert CUES in clip(20, container=container, codec=codec)
     data = clip(20, container=container, codec=codec, container_options={"live": "1"})
+    assert CUES not in data
     with av.open(io.BytesIO(data)) as source:
         assert source.duration is None or source.streams.video[0].duration is None
     video = decoded(data)
     assert numbers(video) == list(range(20))
     assert video.duration_s == pytest.approx(10.0, abs=0.01)
+
+
+@pytest.mark.parametrize("container", ["mp4", "matroska"])
+def test_a_hundred_thousand_frames(container: str) -> None:
+    """Few of them are decoded, and none is to probe them."""
+    data = recurring_greys(100_000, container=container, rate=40)
+    video = decoded(data)
+    assert video.duration_s == 2500.0
+    expected = [math.floor(moment * 40 + 1e-6) for moment in every_400_ms(2500.0)]
+    assert len(expected) == 108
+    assert video.times_s == tuple(number / 40 for number in expected)
+    assert [grey_number(frame) for frame in video.frames] == [n % NUM_GREYS for n in expected]
+    config = limits(video_decode_timeout_s=5.0)  # ten times what it takes
+    probed = probe_video(data, config, window=lambda end_s: (0.0, end_s))
+    assert (probed.size, probed.num_frames) == ((16, 16), 100_000)
+    with pytest.raises(MediaTooLarge, match="more than 99999 packets") as caught:
+        decoded(data, config=limits(max_video_packets=99_999))
+    assert caught.value.code == "video_too_large"
 
 
 def test_nothing_of_ffmpeg_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
