@@ -607,6 +607,8 @@ def _effective(job: Job, decoded: Decoded, spec: VisionSpec) -> dict[str, object
 
 
 def _limited(options: MediaOptions, kind: MediaKind, rung: Rung) -> MediaOptions:
+    if rung.limit is None:
+        return options
     if kind == "video":
         return replace(options, max_frames=rung.limit)
     if rung.limit == 0:
@@ -635,9 +637,9 @@ def _video_sizes(probed: Probed, spec: VisionSpec) -> list[Rung]:
 
 
 def _falling(rungs: list[Rung]) -> list[Rung]:
-    """Without those that are no smaller than the one before."""
-    kept: list[Rung] = []
+    """Without those that are no smaller than the one before; the first is no limit."""
+    kept = [Rung(rungs[0].tokens, None)]
     for rung in rungs:
-        if not kept or rung.tokens < kept[-1].tokens:
+        if rung.tokens < kept[-1].tokens:
             kept.append(rung)
     return kept

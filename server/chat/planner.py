@@ -16,11 +16,12 @@ from dataclasses import dataclass
 class Rung:
     """One size of a medium: its tokens, and what it is cut with.
 
-    `limit` is a picture's most grids, 0 for its thumbnail alone, or a video's most frames.
+    `limit` is a picture's most grids, 0 for its thumbnail alone, or a video's most frames; None
+    leaves it as it would be without a budget.
     """
 
     tokens: int
-    limit: int
+    limit: int | None
 
 
 def plan(ladders: Sequence[Sequence[Rung]], budget: int) -> list[Rung] | None:

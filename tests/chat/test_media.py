@@ -26,6 +26,7 @@ from server.decoding.jobs import Decoded, Job, Probed
 from server.decoding.pool import DecoderPool
 from server.errors import (
     ArrayTooLong,
+    AttachmentNotFound,
     DownloadFailed,
     InvalidRequest,
     ServerError,
@@ -134,7 +135,7 @@ class Sent:
 
     async def get(self, name: str) -> MediaFile:
         if name not in self._files:
-            raise InvalidRequest("There is no such part.")
+            raise AttachmentNotFound("There is no such part.")
         return MediaFile.of_bytes(self._files[name])
 
 
@@ -375,7 +376,12 @@ async def test_attachments_keep_to_the_limits_of_their_kind(
 
 
 async def test_attachments_need_a_form(reader: MediaReader) -> None:
-    assert (await refusal(reader, image("attachment:a"))).code == "invalid_image_url"
+    error = await refusal(reader, image("attachment:a"))
+    assert (error.code, error.param) == ("invalid_value", "messages[0].content[0].image_url.url")
+    part = image("attachment:b", on_error="skip")
+    for sent in (None, Sent(a=png(9, 9))):
+        (left_out,) = await read(reader, part, sent=sent)
+        assert left_out.report.error_code == "invalid_value"
 
 
 async def test_of_one_request_only_so_many_are_fetched_at_once(

@@ -120,8 +120,11 @@ async def test_probing() -> None:
         for job, num_frames in (
             (VideoJob(), 20),
             (VideoJob(start_s=2.0), 16),
-            (VideoJob(start_s=2.2, end_s=3.2), 3),
+            (VideoJob(start_s=2.2, end_s=3.2), 2),
+            (VideoJob(start_s=2.2, end_s=3.2, fps=100), 3),
             (VideoJob(end_s=0.1, fps=100), 1),
+            (VideoJob(max_frames=7), 7),
+            (VideoJob(num_frames=3), 3),
         ):
             probed = await pool.probe(job, data, tenant="")
             assert (probed.size, probed.duration_s, probed.num_frames) == (SIZE, 10.0, num_frames)

@@ -280,7 +280,7 @@ def test_a_form_is_decoded_while_the_rest_arrives(server: RunningServer) -> None
         ("file:///proc/self/environ", "invalid_image_url"),
         ("./missing.png", "invalid_image_url"),
         ("file-00000000000000000000000000000000", "file_not_found"),
-        ("attachment:a", "invalid_image_url"),
+        ("attachment:a", "invalid_value"),
     ],
 )
 def test_what_may_not_be_read_is_not(server: RunningServer, source: str, code: str) -> None:
