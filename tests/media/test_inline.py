@@ -293,27 +293,3 @@ def test_long_strings_take_linear_time(unit: str) -> None:
     with contextlib.suppress(MediaError):
         frame_list("data:video/jpeg;base64," + text, CONFIG)
     assert time.perf_counter() - began < 5
-
-
-@given(st.binary(min_size=1, max_size=40), st.integers(1, 9), st.data())
-def test_it_does_not_matter_where_a_long_text_is_cut(
-    data: bytes, slice_chars: int, draw: st.DataObject
-) -> None:
-    """Nor for what is wrong with it."""
-    text = base64.b64encode(data).decode()
-    text = text.rstrip("=") if draw.draw(st.booleans()) else text
-    place = draw.draw(st.integers(0, len(text)))
-    text = (
-        text[:place] + draw.draw(st.sampled_from(["", " ", "\n\n", "=", "*", "é"])) + text[place:]
-    )
-
-    def outcome() -> bytes | str:
-        try:
-            return read_source(f"data:image/png;base64,{text}", CONFIG, kind="image")
-        except MediaError as error:
-            return error.code
-
-    expected = outcome()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("server.media.inline._SLICE_CHARS", slice_chars)
-        assert outcome() == expected
