@@ -41,6 +41,7 @@ from server.vision.frames import video_layout
 from server.vision.tiles import image_layout, max_tiles, vision_input
 
 MAX_JOBS_OF_A_DECODER = 200
+MAX_IDLE_S = 5.0
 RESTART_DELAY_S = 1.0
 _MAX_MESSAGE_CHARS = 300
 
@@ -191,7 +192,16 @@ class DecoderPool:
     async def _work(self, decoder: Decoder) -> None:
         """One decoder after another, one request after another; none is held on to."""
         while True:
-            decoder = await self._take(decoder, await self._next())
+            try:
+                # One that nobody needs gives back its memory, and what it has seen.
+                async with asyncio.timeout(MAX_IDLE_S if decoder.num_jobs else None):
+                    request = await self._next()
+            except TimeoutError:
+                decoder = await self._replace(decoder)
+                continue
+            taking = self._take(decoder, request)
+            del request
+            decoder = await taking
 
     async def _take(self, decoder: Decoder, request: _Request) -> Decoder:
         """Serve a request; the decoder for the next one."""

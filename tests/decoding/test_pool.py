@@ -185,6 +185,19 @@ async def test_a_decoder_serves_one_tenant_and_is_replaced_after_a_failure() -> 
         assert first == second and len({second, third, fourth}) == 3 and fourth == fifth
 
 
+async def test_an_idle_decoder_is_replaced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.decoding.pool.MAX_IDLE_S", 0.05)
+    async with running_pool() as pool:
+        (first,) = decoder_pids()
+        await asyncio.sleep(0.3)
+        assert decoder_pids() == [first]  # it has seen nothing yet
+        await decode(pool, picture())
+        (second,) = await until_decoders(1, other_than=first)
+        await asyncio.sleep(0.3)
+        assert decoder_pids() == [second]
+        assert_as_here(await decode(pool, picture()), ImageJob(), picture())
+
+
 async def test_a_decoder_is_replaced_after_its_share_of_jobs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
