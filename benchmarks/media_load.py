@@ -33,7 +33,8 @@ NUM_VIDEO_CLIENTS = 4
 SECONDS_OF_VIDEO = 60
 FPS = 25
 HEALTH_EVERY_S = 0.1
-SETTLE_S = 8.0
+SETTLE_S = 20.0
+"""Longer than the server keeps idle connections and decoders."""
 
 
 class Load:
@@ -96,6 +97,11 @@ def held(process_id: int) -> dict[str, int]:
     }
 
 
+def left_in(folder: Path) -> list[str]:
+    """Temporary files, without the engine's socket."""
+    return [each.name for each in folder.rglob("*") if each.is_file()]
+
+
 def clip(seed: int) -> bytes:
     """A minute of H.264: a picture that wanders."""
     with Image.open(io.BytesIO(picture((960, 540), "PNG", seed))) as scene:
@@ -111,7 +117,7 @@ def clip(seed: int) -> bytes:
     return file.getvalue()
 
 
-async def measure(url: str, model: str, process_id: int, seconds: float) -> None:
+async def measure(url: str, model: str, process_id: int, spool: Path, seconds: float) -> None:
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         seeds = range(NUM_PICTURE_CLIENTS)
@@ -142,8 +148,8 @@ async def measure(url: str, model: str, process_id: int, seconds: float) -> None
                 ),
                 flush=True,
             )
-        await asyncio.sleep(SETTLE_S)
-        print(json.dumps({"after": held(process_id)}), flush=True)
+    await asyncio.sleep(SETTLE_S)
+    print(json.dumps({"after": held(process_id), "left": left_in(spool)}), flush=True)
 
 
 def data_url(data: bytes, media_type: str) -> str:
@@ -157,12 +163,20 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
-        environment = {"HCX_MEDIA__CACHE_BYTES": "0"}
+        spool = Path(folder) / "spool"
+        spool.mkdir()
+        environment = {
+            "HCX_MEDIA__CACHE_BYTES": "0",
+            "HCX_MEDIA__SPOOL_DIR": str(spool),
+            "TMPDIR": str(spool),
+        }
         command = our_command(options.model, port)
         log = Path(folder) / "server.log"
         with started(command, port, log=log, environment=environment) as server:
             assert server.process_id is not None
-            asyncio.run(measure(server.url, server.model, server.process_id, options.seconds))
+            asyncio.run(
+                measure(server.url, server.model, server.process_id, spool, options.seconds)
+            )
 
 
 if __name__ == "__main__":
