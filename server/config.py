@@ -70,6 +70,9 @@ class HttpConfig(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=Tr
 
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
+    unix_socket: Path | None = None
+    tls_certificate_file: Path | None = None
+    tls_key_file: Path | None = None
     admin_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     admin_port: Annotated[int, Field(ge=0, le=65_535)] | None = 0
     api_keys: Annotated[Mapping[str, ApiKey], Field(repr=False)] = {}
@@ -245,6 +248,9 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
 
 
 PATHS = (
+    ("http", "unix_socket"),
+    ("http", "tls_certificate_file"),
+    ("http", "tls_key_file"),
     ("http", "api_keys_file"),
     ("media", "ca_file"),
     ("media", "cache_dir"),
