@@ -251,7 +251,7 @@ def status_of_endless_headers(port: int | None) -> int:
         return int(connection.recv(1024).split()[1])
 
 
-def test_serve_from_start_to_end(tiny: Path) -> None:
+def test_serve_from_start_to_end(tiny: Path, tmp_path: Path) -> None:
     with serving("--model", tiny, "--dtype", "float32", "--device", "cpu") as served:
         assert re.fullmatch(
             rf"hcx-server {re.escape(__version__)}: tiny on cpu in float32, context 4096 tokens, "
@@ -264,6 +264,9 @@ def test_serve_from_start_to_end(tiny: Path) -> None:
         assert answer.json()["usage"]["completion_tokens"] <= 3
         assert "server" not in answer.headers
         assert status_of_endless_headers(served.http.base_url.port) == 400
+        of_health = {"HCX_HTTP__PORT": str(served.http.base_url.port)}
+        for unset in ({}, {"HCX_HTTP__UNIX_SOCKET": "null"}):
+            assert health(tmp_path, {**of_health, **unset}).returncode == 0
 
         (worker,) = workers_of(served.process.pid)
         assert served.end() == 0

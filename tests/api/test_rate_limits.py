@@ -276,6 +276,8 @@ def test_the_openai_client_reads_the_headers_and_meets_its_rate_limit_error(
             assert not any(name.startswith("x-ratelimit") for name in answer.headers)
             assert int(answer.headers["openai-processing-ms"]) >= 0
 
+    counted = two_a_minute.app.state.metrics.text().decode()
+    assert 'hcx_requests_rejected_total{reason="key_requests_per_minute"} 1.0' in counted
     refused = two_a_minute.http.get("/v1/models", headers=bearer(TIGHT))
     assert_error(refused, 429, "rate_limit_exceeded")  # whatever the path
     assert all(name in refused.headers for name in PER_MINUTE)
@@ -340,6 +342,21 @@ def test_a_streams_tokens_are_owed_and_then_refused(serve: Serve) -> None:
     # 153 used of 100: 53 and one more at 100 a minute.
     assert 20 <= int(refused.headers["retry-after"]) <= 33
     assert len(engine.submitted) == 1
+
+
+def test_who_leaves_owes_what_was_generated_until_then(serve: Serve) -> None:
+    engine = FakeEngine(b"word " * 30, gate=asyncio.Semaphore(20))
+    server = serve(engine=engine, http=limits(tokens_per_minute=10))
+    body = chat(stream=True)
+    with server.http.stream("POST", URL, json=body, headers=bearer(TIGHT)) as stream:
+        lines = (line for line in stream.iter_lines() if line)
+        for _ in range(20):
+            next(lines)
+    until(lambda: engine.aborted)
+    refused = ask(server)
+    assert_error(refused, 429, "rate_limit_exceeded")
+    # At least 2 and 18 of 10 were used: ten and one more at ten a minute.
+    assert int(refused.headers["retry-after"]) >= 45
 
 
 def test_the_choices_of_a_request_are_charged_and_its_prompt_once(serve: Serve) -> None:
