@@ -21,11 +21,13 @@ from starlette.routing import BaseRoute, Match, Route
 
 from server.api import chat, health, models
 from server.api import files as files_api
+from server.api.cross_origin import CrossOriginHeaders, Preflights
 from server.api.health import Lifecycle
 from server.api.json_body import error_response
 from server.api.metrics import read_engine, read_media, read_requests
 from server.api.middleware import Authentication, BodyLimit, RequestRecord
 from server.api.models import ServedModel
+from server.api.rate_limits import RateLimits
 from server.chat.media import MediaReader
 from server.chat.prepare import Preparer
 from server.config import HttpConfig, MediaConfig
@@ -115,7 +117,10 @@ def build_app(
         max_multipart_bytes=http.max_multipart_bytes,
         receive_timeout_s=http.receive_timeout_s,
     )
+    app.add_middleware(RateLimits, api_keys=http.api_keys, metrics=metrics)
     app.add_middleware(Authentication, api_keys=http.api_keys)
+    if http.cors_origins:
+        app.add_middleware(Preflights, origins=http.cors_origins)
     app.add_middleware(
         RequestRecord,
         lifecycle=app.state.lifecycle,
@@ -123,6 +128,8 @@ def build_app(
         max_connections=http.max_connections,
         max_header_bytes=http.max_header_bytes,
     )
+    if http.cors_origins:
+        app.add_middleware(CrossOriginHeaders, origins=http.cors_origins)
     return app
 
 

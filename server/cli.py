@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import fcntl
 import logging
 import os
 import resource
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -53,6 +55,8 @@ _log = logging.getLogger(__name__)
 SAME_SIGNAL_S = 0.5
 
 MAX_DESCRIPTORS = 65_536
+
+UNIX_SOCKET_MODE = 0o660
 
 M_MMAP_THRESHOLD = -3  # malloc.h
 LARGE_BUFFER_BYTES = 256 * 1024
@@ -127,9 +131,10 @@ def serve(
                 model={"path": model, "revision": revision, "device": device, "dtype": dtype},
             ),
         )
+        tls = _tls_context(settings.http)
         with contextlib.ExitStack() as sockets:
             # Taken before anything slow, so that a port in use is known at once.
-            listener = sockets.enter_context(_bound_socket(settings.http.host, settings.http.port))
+            listener = sockets.enter_context(_main_socket(settings.http))
             admin_listener = None
             if settings.http.admin_port is not None:
                 admin_listener = sockets.enter_context(
@@ -138,7 +143,7 @@ def serve(
             _start_logging()
             _allow_many_descriptors()
             _give_large_buffers_back()
-            _serve(settings, listener, admin_listener)
+            _serve(settings, listener, admin_listener, tls)
 
 
 @contextlib.contextmanager
@@ -217,6 +222,104 @@ def _start_logging() -> None:
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
+def _tls_context(http: HttpConfig) -> ssl.SSLContext | None:
+    """What to speak TLS with, where the settings ask for that."""
+    certificate_file, key_file = http.tls_certificate_file, http.tls_key_file
+    if certificate_file is None and key_file is None:
+        return None
+    if certificate_file is None or key_file is None:
+        raise ConfigError("http.tls_certificate_file and http.tls_key_file belong together")
+    if http.unix_socket is not None:
+        raise ConfigError("http.unix_socket takes no TLS: http.tls_certificate_file must be null")
+    for name, path in (("certificate", certificate_file), ("key", key_file)):
+        try:
+            path.read_bytes()
+        except OSError as error:
+            reason = error.strerror or "unknown"
+            raise ConfigError(f"http.tls_{name}_file: {path} cannot be read: {reason}") from None
+
+    def refuse_password() -> str:
+        raise ConfigError(f"http.tls_key_file: {key_file} is encrypted")
+
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(certificate_file, key_file, password=refuse_password)
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise ConfigError(f"{key_file} is not the key of {certificate_file}") from None
+        raise ConfigError(
+            f"{certificate_file} and {key_file} must hold a certificate and its key as PEM"
+        ) from None
+    return context
+
+
+@contextlib.contextmanager
+def _main_socket(http: HttpConfig) -> Iterator[socket.socket]:
+    """Where requests come in. A Unix socket's file is gone once the block has ended."""
+    if http.unix_socket is None:
+        with _bound_socket(http.host, http.port) as listener:
+            yield listener
+        return
+    with _bound_unix_socket(http.unix_socket) as listener:
+        inode = http.unix_socket.stat().st_ino
+        try:
+            yield listener
+        finally:
+            with contextlib.suppress(OSError):
+                if http.unix_socket.stat().st_ino == inode:  # else it is another server's by now
+                    http.unix_socket.unlink()
+
+
+def _bound_unix_socket(path: Path) -> socket.socket:
+    """Listens from the start: whoever looks whether a server lives must never find it deaf."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with _alone_in(path.parent):
+            _remove_dead_socket(path)
+            mask = os.umask(0o777 & ~UNIX_SOCKET_MODE)
+            try:
+                listener.bind(str(path))
+            finally:
+                os.umask(mask)
+            listener.listen()
+    except (OSError, ConfigError) as error:
+        listener.close()
+        if isinstance(error, ConfigError):
+            raise
+        reason = error.strerror or error
+        raise ConfigError(f"http.unix_socket: cannot listen on {path}: {reason}") from None
+    return listener
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Of servers that start at the same time, one after another."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_dead_socket(path: Path) -> None:
+    """A socket that nobody listens on was left by a server that was killed."""
+    if not os.path.lexists(path):
+        return
+    if not path.is_socket():
+        raise ConfigError(f"http.unix_socket: {path} exists and is not a socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)  # a server whose queue is full lives
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except BlockingIOError:
+            pass
+    raise ConfigError(f"http.unix_socket: another server listens on {path}")
+
+
 def _bound_socket(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -247,7 +350,12 @@ def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
     return ConfigError(f"cannot listen on {host} port {port}: {error.strerror}")
 
 
-def _serve(config: Config, listener: socket.socket, admin_listener: socket.socket | None) -> None:
+def _serve(
+    config: Config,
+    listener: socket.socket,
+    admin_listener: socket.socket | None,
+    tls: ssl.SSLContext | None,
+) -> None:
     _check_folders(config.media)
     files = _open_file_store(config.media)
     info, name = _read_model(config)
@@ -289,12 +397,12 @@ def _serve(config: Config, listener: socket.socket, admin_listener: socket.socke
             media_reader=media_reader,
             files=files,
         )
-        server = uvicorn.Server(_uvicorn_config(app, config.http, has_lifespan=True))
+        server = uvicorn.Server(_uvicorn_config(app, config.http, has_lifespan=True, tls=tls))
         app.state.lifecycle.count_connections = lambda: len(server.server_state.connections)
 
         def on_ready(facts: EngineFacts) -> None:
             progress.close()
-            typer.echo(_banner(name, facts, listener))
+            typer.echo(_banner(name, facts, _address(listener, has_tls=tls is not None)))
 
         _listen(listener)
         if admin_listener is not None:
@@ -351,7 +459,11 @@ def _model_facts(info: CheckpointInfo, context_length: int) -> ModelFacts:
 
 
 def _uvicorn_config(
-    app: FastAPI | AdminApp, http: HttpConfig, *, has_lifespan: bool
+    app: FastAPI | AdminApp,
+    http: HttpConfig,
+    *,
+    has_lifespan: bool,
+    tls: ssl.SSLContext | None = None,
 ) -> uvicorn.Config:
     return uvicorn.Config(
         app,
@@ -366,6 +478,7 @@ def _uvicorn_config(
         # Beyond what `RequestRecord` allows, or headers that come in pieces would get h11's 400.
         h11_max_incomplete_event_size=4 * http.max_header_bytes,
         timeout_keep_alive=http.keep_alive_timeout_s,
+        ssl_context_factory=None if tls is None else lambda config, default: tls,
         # Requests have been drained before; what is left is a client that does not read.
         timeout_graceful_shutdown=5,
     )
@@ -442,16 +555,19 @@ async def _run(
         take_signals()  # uvicorn has put back those that were there before
 
 
-def _banner(name: str, facts: EngineFacts, listener: socket.socket) -> str:
+def _banner(name: str, facts: EngineFacts, address: str) -> str:
     return (
         f"hcx-server {__version__}: {name} on {facts.device} in {facts.dtype}, "
-        f"context {facts.max_request_tokens} tokens, at {_address(listener)}"
+        f"context {facts.max_request_tokens} tokens, at {address}"
     )
 
 
-def _address(listener: socket.socket) -> str:
+def _address(listener: socket.socket, *, has_tls: bool = False) -> str:
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{listener.getsockname()}"
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if has_tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 class _LoadingProgress:

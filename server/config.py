@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -41,6 +42,27 @@ HostName: TypeAlias = Annotated[str, Field(min_length=1, max_length=255)]
 """A host's name, `*.name` for all below one, or a network such as 10.0.0.0/8."""
 
 _SHA256_HEX = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._\[\]:-]+", re.ASCII)
+
+
+PerMinute: TypeAlias = Annotated[int, Field(ge=1, le=1_000_000_000)]
+
+
+class ApiKey(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True):
+    """A caller's key, known by its digest, and what he may use; null limits nothing."""
+
+    sha256: Annotated[str, Field(repr=False)]
+    requests_per_minute: PerMinute | None = None
+    tokens_per_minute: PerMinute | None = None
+    max_concurrent: PositiveInt | None = None
+
+    @field_validator("sha256")
+    @classmethod
+    def _check_sha256(cls, value: str) -> str:
+        digest = value.lower()
+        if not _SHA256_HEX.fullmatch(digest):
+            raise ValueError("must be the SHA-256 of the key as 64 hex digits, not the key itself")
+        return digest
 
 
 class HttpConfig(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True):
@@ -48,10 +70,14 @@ class HttpConfig(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=Tr
 
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
+    unix_socket: Path | None = None
+    tls_certificate_file: Path | None = None
+    tls_key_file: Path | None = None
     admin_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     admin_port: Annotated[int, Field(ge=0, le=65_535)] | None = 0
-    api_keys: Annotated[Mapping[str, str], Field(repr=False)] = {}
+    api_keys: Annotated[Mapping[str, ApiKey], Field(repr=False)] = {}
     api_keys_file: Path | None = None
+    cors_origins: tuple[str, ...] = ()
     strict: bool = False
     max_body_bytes: PositiveInt = 64 * _MIB
     max_multipart_bytes: PositiveInt = 129 * _MIB
@@ -63,24 +89,45 @@ class HttpConfig(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=Tr
     request_timeout_s: PositiveFloat = 600.0
     drain_timeout_s: PositiveInt = 30
 
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _read_api_keys(cls, value: object) -> object:
+        """Names are plain; a digest alone is a key without limits."""
+        if not isinstance(value, Mapping):
+            return value
+        for name, key in value.items():
+            if not isinstance(name, str) or not _KEY_NAME.fullmatch(name):
+                raise ValueError("a key's name must be 1 to 64 of A-Z a-z 0-9 . _ -")
+            if not isinstance(key, str | Mapping | ApiKey):
+                raise ValueError(f"the value of {name!r} must be a SHA-256, or one with limits")
+            for field in key if isinstance(key, Mapping) else ():
+                if field not in ApiKey.model_fields:
+                    nearest = _closest(str(field), ApiKey.model_fields)
+                    raise ValueError(f"{name!r} has an unknown entry; did you mean {nearest}?")
+        return {
+            name: {"sha256": key} if isinstance(key, str) else key for name, key in value.items()
+        }
+
     @field_validator("api_keys")
     @classmethod
-    def _check_api_keys(cls, value: Mapping[str, str]) -> Mapping[str, str]:
-        """Names are plain, digests are lower-case SHA-256, and no two names share a key."""
+    def _check_api_keys(cls, value: Mapping[str, ApiKey]) -> Mapping[str, ApiKey]:
+        """No two names share a key."""
         owner_of: dict[str, str] = {}
-        for name, digest in value.items():
-            digest = digest.lower()
-            if not _KEY_NAME.fullmatch(name):
-                raise ValueError("a key's name must be 1 to 64 of A-Z a-z 0-9 . _ -")
-            if not _SHA256_HEX.fullmatch(digest):
-                raise ValueError(
-                    f"the value of {name!r} must be the SHA-256 of the key as 64 hex digits, "
-                    "not the key itself"
-                )
-            if digest in owner_of:
-                raise ValueError(f"{owner_of[digest]!r} and {name!r} have the same key")
-            owner_of[digest] = name
-        return {name: digest for digest, name in owner_of.items()}
+        for name, key in value.items():
+            owner = owner_of.setdefault(key.sha256, name)
+            if owner != name:
+                raise ValueError(f"{owner!r} and {name!r} have the same key")
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_cors_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """As a browser writes them, because they are compared with what it sends."""
+        if value != ("*",) and not all(_ORIGIN.fullmatch(origin) for origin in value):
+            raise ValueError(
+                "each must be scheme://host or scheme://host:port in lower case, and * stands alone"
+            )
+        return value
 
 
 class MediaConfig(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True):
@@ -201,6 +248,9 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
 
 
 PATHS = (
+    ("http", "unix_socket"),
+    ("http", "tls_certificate_file"),
+    ("http", "tls_key_file"),
     ("http", "api_keys_file"),
     ("media", "ca_file"),
     ("media", "cache_dir"),
@@ -335,8 +385,17 @@ def _one_line(error: ValidationError, sources: list[tuple[str, Values]]) -> str:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     section, key = str(first["loc"][0]), str(first["loc"][1])
     source = next(name for name, values in reversed(sources) if key in values.get(section, {}))
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{source}: {section}.{key}: {message[:1].lower()}{message[1:]}"
+    return f"{source}: {_place(first['loc'])}: {_message(first)}"
+
+
+def _place(parts: tuple[int | str, ...]) -> str:
+    """`section.key`, and where in the value of a mapping or a list."""
+    return ".".join(map(str, parts))
+
+
+def _message(error: ErrorDetails) -> str:
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{message[:1].lower()}{message[1:]}"
 
 
 def _resolve_relative_paths(
@@ -363,5 +422,6 @@ def _with_keys_of_file(config: Config, path: Path) -> Config:
             engine=config.engine,
         )
     except ValidationError as error:
-        message = error.errors(include_url=False, include_input=False)[0]["msg"]
-        raise ConfigError(f"{path}: {message.removeprefix('Value error, ')}") from None
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        place = _place(first["loc"][1:])
+        raise ConfigError(f"{path}: {place}{': ' if place else ''}{_message(first)}") from None

@@ -48,6 +48,7 @@ escaped characters of what the client sent (`quoted`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
@@ -256,7 +257,13 @@ class RateLimited(ServerError):
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
     default_message = "Too many requests of this client are in progress."
-    retry_after_s = 1
+
+    def __init__(
+        self, message: str | None = None, *, param: str | None = None, wait_s: float = 1.0
+    ) -> None:
+        """`wait_s` is how long until there is room again, where that is known."""
+        super().__init__(message, param=param)
+        self.retry_after_s = math.ceil(wait_s)
 
 
 class RequestTimeout(ServerError):

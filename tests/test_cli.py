@@ -7,10 +7,14 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import socket
+import ssl
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -78,7 +82,8 @@ class Served:
     def __init__(self, process: subprocess.Popen[str], banner: str) -> None:
         self.process = process
         self.banner = banner
-        self.http = httpx.Client(base_url=banner.rsplit(" ", 1)[1], timeout=30)
+        address = banner.rsplit(" ", 1)[1]
+        self.http = httpx.Client(base_url=address.replace("unix:", "http://unix"), timeout=30)
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         """The exit status after a signal."""
@@ -246,7 +251,7 @@ def status_of_endless_headers(port: int | None) -> int:
         return int(connection.recv(1024).split()[1])
 
 
-def test_serve_from_start_to_end(tiny: Path) -> None:
+def test_serve_from_start_to_end(tiny: Path, tmp_path: Path) -> None:
     with serving("--model", tiny, "--dtype", "float32", "--device", "cpu") as served:
         assert re.fullmatch(
             rf"hcx-server {re.escape(__version__)}: tiny on cpu in float32, context 4096 tokens, "
@@ -259,6 +264,9 @@ def test_serve_from_start_to_end(tiny: Path) -> None:
         assert answer.json()["usage"]["completion_tokens"] <= 3
         assert "server" not in answer.headers
         assert status_of_endless_headers(served.http.base_url.port) == 400
+        of_health = {"HCX_HTTP__PORT": str(served.http.base_url.port)}
+        for unset in ({}, {"HCX_HTTP__UNIX_SOCKET": "null"}):
+            assert health(tmp_path, {**of_health, **unset}).returncode == 0
 
         (worker,) = workers_of(served.process.pid)
         assert served.end() == 0
@@ -527,3 +535,147 @@ def test_weights_that_do_not_load_end_the_server_with_one_line(tmp_path: Path) -
     assert last.startswith("hcx-server: ")
     assert "mlp" in last
     assert "Traceback" not in result.stderr
+
+
+# TLS and Unix sockets -----------------------------------------------------------------------------
+
+
+def make_certificate(folder: Path, name: str = "server", *, password: str = "") -> tuple[str, str]:
+    """A self-signed certificate for 127.0.0.1 and its key, as paths."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("a certificate is made with the openssl command, which is not there")
+    certificate, key = folder / f"{name}.pem", folder / f"{name}.key"
+    subprocess.run(
+        [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
+        + ["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
+        + ["-keyout", str(key), "-out", str(certificate)]
+        + (["-passout", f"pass:{password}"] if password else ["-nodes"]),
+        check=True,
+        capture_output=True,
+    )
+    return str(certificate), str(key)
+
+
+def health(folder: Path, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """What the image's health check says, where it finds a Python beside itself."""
+    (folder / "bin").mkdir(exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        (folder / "bin" / "python").symlink_to(sys.executable)
+    script = shutil.copy(REPOSITORY / "docker" / "health.sh", folder)
+    return subprocess.run([script], env=environment(env), capture_output=True, text=True)
+
+
+def test_https(tiny: Path, tmp_path: Path) -> None:
+    certificate, _ = make_certificate(tmp_path)
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("http: {tls_certificate_file: server.pem, tls_key_file: server.key}")
+    with serving("--model", tiny, "--config", settings) as served:
+        url = served.banner.rsplit(" ", 1)[1]
+        assert re.fullmatch(r"https://127\.0\.0\.1:[1-9]\d*", url)
+        trusted = ssl.create_default_context(cafile=certificate)
+        with httpx.Client(base_url=url, verify=trusted, timeout=30) as client:
+            answer = client.post("/v1/chat/completions", json=chat("tiny", max_tokens=3))
+            assert answer.status_code == 200, answer.text
+            body = chat("tiny", max_tokens=3, stream=True)
+            streamed = client.post("/v1/chat/completions", json=body).text
+            assert streamed.rstrip().endswith("data: [DONE]")
+        with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+            httpx.get(f"{url}/health")
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{url}/health".replace("https", "http"))
+        of_health = {
+            "HCX_HTTP__PORT": url.rsplit(":", 1)[1],
+            "HCX_HTTP__TLS_CERTIFICATE_FILE": certificate,
+        }
+        assert health(tmp_path, of_health).returncode == 0
+        assert health(tmp_path, {**of_health, "HCX_HTTP__TLS_CERTIFICATE_FILE": "null"}).returncode
+        assert served.end() == 0
+
+
+def test_a_certificate_that_cannot_be_used_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate, key = make_certificate(tmp_path)
+    _, other_key = make_certificate(tmp_path, "other")
+    _, locked_key = make_certificate(tmp_path, "locked", password="secret")
+    (tmp_path / "text").write_text("no certificate")
+    text, missing = str(tmp_path / "text"), str(tmp_path / "missing")
+
+    def said(certificate_file: str, key_file: str, **http: str) -> str:
+        monkeypatch.setenv("HCX_HTTP__TLS_CERTIFICATE_FILE", certificate_file)
+        monkeypatch.setenv("HCX_HTTP__TLS_KEY_FILE", key_file)
+        for name, value in http.items():
+            monkeypatch.setenv(f"HCX_HTTP__{name}", value)
+        return refusal("serve", "--port", "0")
+
+    together = "http.tls_certificate_file and http.tls_key_file belong together"
+    assert said(certificate, "null") == said("null", key) == together
+    unreadable = "cannot be read: No such file or directory"
+    assert said(missing, key) == f"http.tls_certificate_file: {missing} {unreadable}"
+    assert said(certificate, missing) == f"http.tls_key_file: {missing} {unreadable}"
+    assert said(certificate, other_key) == f"{other_key} is not the key of {certificate}"
+    assert said(certificate, locked_key) == f"http.tls_key_file: {locked_key} is encrypted"
+    for pair in ((text, key), (certificate, text), (key, certificate)):
+        assert "must hold a certificate and its key as PEM" in said(*pair)
+    path = tmp_path / "socket"
+    assert "http.unix_socket takes no TLS" in said(certificate, key, UNIX_SOCKET=str(path))
+    assert not path.exists()
+
+
+def short_folder() -> tempfile.TemporaryDirectory[str]:
+    """The path of a Unix socket may have about a hundred characters."""
+    return tempfile.TemporaryDirectory(prefix="hcx-")
+
+
+def test_a_unix_socket(tiny: Path) -> None:
+    with short_folder() as folder:
+        path = Path(folder, "socket")
+        with socket.socket(socket.AF_UNIX) as killed:
+            killed.bind(str(path))  # and closed without being removed, as by a kill
+        Path(folder, "settings.yaml").write_text("http: {unix_socket: socket}")
+        settings = Path(folder, "settings.yaml")
+        with serving("--model", tiny, "--config", settings) as served:
+            assert served.banner.endswith(f", at unix:{path}")
+            assert stat.S_IMODE(path.stat().st_mode) == 0o660
+            transport = httpx.HTTPTransport(uds=str(path))
+            with httpx.Client(
+                transport=transport, base_url="http://localhost", timeout=30
+            ) as client:
+                assert client.get("/ready").status_code == 200
+                answer = client.post("/v1/chat/completions", json=chat("tiny", max_tokens=3))
+                assert answer.status_code == 200, answer.text
+                body = chat("tiny", max_tokens=3, stream=True)
+                streamed = client.post("/v1/chat/completions", json=body).text
+                assert streamed.rstrip().endswith("data: [DONE]")
+            of_health = {"HCX_HTTP__UNIX_SOCKET": str(path)}
+            assert health(Path(folder), of_health).returncode == 0
+            line = refusal("serve", "--model", tiny, "--config", settings)
+            assert line == f"http.unix_socket: another server listens on {path}"
+            assert path.is_socket()
+            assert served.end() == 0
+        assert not path.exists()
+        assert health(Path(folder), of_health).returncode == 1
+
+
+def test_a_unix_socket_that_cannot_be_used_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with short_folder() as folder:
+        plain = Path(folder, "plain")
+        plain.write_text("precious")
+        missing = Path(folder, "missing", "socket")
+        long = Path(folder, "x" * 150)
+        for path, said in (
+            (plain, f"{plain} exists and is not a socket"),
+            (missing, f"cannot listen on {missing}: No such file or directory"),
+            (long, f"cannot listen on {long}: AF_UNIX path too long"),
+        ):
+            monkeypatch.setenv("HCX_HTTP__UNIX_SOCKET", str(path))
+            assert refusal("serve") == f"http.unix_socket: {said}"
+        assert plain.read_text() == "precious"
+        # A server that does not start leaves nothing behind.
+        path = Path(folder, "socket")
+        monkeypatch.setenv("HCX_HTTP__UNIX_SOCKET", str(path))
+        assert "no such folder" in refusal("serve", "--model", tmp_path / "nothing")
+        assert not path.exists()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from server.config import SECTIONS, Config, load_config
+from server.config import SECTIONS, ApiKey, Config, load_config
 from server.errors import ConfigError
 
 CONFIG_YAML = Path(__file__).parent.parent / "config.yaml"
@@ -153,13 +153,90 @@ def test_keys_of_the_file_and_of_the_environment_add_up(
     write(tmp_path, f"alice: {digest('a').upper()}", name="keys.yaml")
     path = write(tmp_path, "http: {api_keys_file: keys.yaml}")
     monkeypatch.setenv("HCX_HTTP__API_KEYS", json.dumps({"bob": digest("b")}))
-    assert load_config(path).http.api_keys == {"bob": digest("b"), "alice": digest("a")}
+    assert load_config(path).http.api_keys == {
+        "bob": ApiKey(sha256=digest("b")),
+        "alice": ApiKey(sha256=digest("a")),
+    }
+
+
+def test_a_key_may_have_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {"requests_per_minute": 3, "tokens_per_minute": 1000, "max_concurrent": 2}
+    write(tmp_path, json.dumps({"alice": {"sha256": digest("a"), **limits}}), name="keys.yaml")
+    path = write(tmp_path, "http: {api_keys_file: keys.yaml}")
+    bob = {"bob": {"sha256": digest("b").upper(), "max_concurrent": 1}, "eve": digest("e")}
+    monkeypatch.setenv("HCX_HTTP__API_KEYS", json.dumps(bob))
+    assert load_config(path).http.api_keys == {
+        "bob": ApiKey(sha256=digest("b"), max_concurrent=1),
+        "eve": ApiKey(sha256=digest("e")),
+        "alice": ApiKey(sha256=digest("a"), **limits),
+    }
+
+
+@pytest.mark.parametrize("in_key_file", [True, False])
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [
+        ({"sha256": digest("a"), "requests_per_minute": 0}, "alice.requests_per_minute: "),
+        ({"sha256": digest("a"), "requests_per_minute": 10**10}, "alice.requests_per_minute: "),
+        ({"sha256": digest("a"), "tokens_per_minute": "many"}, "alice.tokens_per_minute: "),
+        ({"sha256": digest("a"), "max_concurrent": -1}, "alice.max_concurrent: "),
+        ({"sha256": digest("a"), "request_per_minute": 1}, "did you mean requests_per_minute?"),
+        ({"requests_per_minute": 1}, "alice.sha256: field required"),
+        ({"sha256": "hunter2"}, "alice.sha256: must be the SHA-256"),
+        ({"sha256": None}, "alice.sha256: "),
+        ([digest("a")], "the value of 'alice' must be a SHA-256"),
+        (None, "the value of 'alice' must be a SHA-256"),
+    ],
+)
+def test_wrong_limits_are_refused_by_name(
+    tmp_path: Path, in_key_file: bool, key: object, named: str
+) -> None:
+    keys = {"alice": key}
+    settings = {"api_keys": keys}
+    if in_key_file:
+        settings = {"api_keys_file": str(write(tmp_path, json.dumps(keys), name="keys.yaml"))}
+    message = refusal(write(tmp_path, json.dumps({"http": settings})))
+    assert named in message
+    assert ("keys.yaml: " in message) == in_key_file
+    for secret in ("hunter2", digest("a")):
+        assert secret not in message
+
+
+def test_the_last_of_two_same_digests_is_named_in_any_form(tmp_path: Path) -> None:
+    keys = {"alice": {"sha256": digest("a").upper()}, "bob": digest("a")}
+    path = write(tmp_path, json.dumps({"http": {"api_keys": keys}}))
+    assert "'alice' and 'bob' have the same key" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "origins",
+    [
+        [],
+        ["*"],
+        ["https://app.example.com", "http://localhost:3000", "http://[::1]:80"],
+        ["chrome-extension://abcdefgh"],
+    ],
+)
+def test_origins(tmp_path: Path, origins: list[str]) -> None:
+    path = write(tmp_path, json.dumps({"http": {"cors_origins": origins}}))
+    assert load_config(path).http.cors_origins == tuple(origins)
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["", "null", "example.com", "https://", "https://a/", "https://a/b", "HTTPS://a", "https://A",
+     "https://*.a", "https://a b", "https://a\n"],
+)  # fmt: skip
+def test_what_no_browser_sends_is_no_origin(tmp_path: Path, origin: str) -> None:
+    for origins in ([origin], [origin, "https://b"], ["*", "https://b"]):
+        path = write(tmp_path, json.dumps({"http": {"cors_origins": origins}}))
+        assert "http.cors_origins: each must be scheme://host" in refusal(path)
 
 
 @pytest.mark.parametrize(
     ("keys", "named"),
     [
-        ({"alice": "hunter2"}, "'alice' must be the SHA-256"),
+        ({"alice": "hunter2"}, "http.api_keys.alice.sha256: must be the SHA-256"),
         ({"al ice": digest("a")}, "name must be"),
         ({"alice": digest("a"), "bob": digest("a")}, "'alice' and 'bob' have the same key"),
         ("hunter2", "http.api_keys"),
@@ -198,8 +275,8 @@ def test_a_relative_path_in_a_settings_file_starts_beside_it(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("alice: hunter2", "'alice' must be the SHA-256"),
-        ("alice: 7", "keys.yaml: "),
+        ("alice: hunter2", "keys.yaml: alice.sha256: must be the SHA-256"),
+        ("alice: 7", "keys.yaml: the value of 'alice' must be a SHA-256"),
         (f"bob: {digest('other')}", "'bob' is also in http.api_keys"),
         ("hunter2", "must hold names and SHA-256 digests"),
     ],

@@ -22,6 +22,7 @@ from server.api.media_usage import MediaUsage
 from server.api.metrics import counted
 from server.api.models import check_name
 from server.api.multipart import AttachmentLimits, Attachments
+from server.api.rate_limits import Allowance, charged
 from server.api.schemas import parse_chat_request
 from server.api.sse import Answer, Envelope, EventStream, collect, sse_frames, until_client_leaves
 from server.chat.tokenizer import detokenize
@@ -51,6 +52,7 @@ async def chat_completions(request: Request) -> Response:
     envelope = Envelope(f"chatcmpl-{uuid.uuid4().hex}", wire.model, int(time.time()))
     chat_request = wire.to_chat_request()
     state.engine.check_room(request.state.tenant, chat_request.num_choices)
+    allowance: Allowance = request.state.allowance
     media = MediaUsage(state.metrics)
 
     async def begin() -> Answer:
@@ -73,7 +75,9 @@ async def chat_completions(request: Request) -> Response:
             await attachments.finish()
         media.prepared(prepared.reports)
         num_choices = prepared.request.num_choices
+        allowance.check_tokens(prepared.usage.prompt_tokens)
         stream = await state.engine.submit(prepared.request, prepared.tiles)
+        allowance.take_tokens(prepared.usage.prompt_tokens)
         deltas = detokenize(
             stream,
             state.preparer.tokenizer,
@@ -83,7 +87,7 @@ async def chat_completions(request: Request) -> Response:
         )
         return Answer(
             prepared.usage,
-            counted(deltas, state.metrics, num_choices=num_choices),
+            counted(charged(deltas, allowance), state.metrics, num_choices=num_choices),
             media=media,
             num_choices=num_choices,
             has_logprobs=bool(wire.logprobs),

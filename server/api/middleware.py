@@ -2,7 +2,7 @@
 
 Three plain ASGI layers, outermost first: `RequestRecord`, `Authentication`, `BodyLimit`. They
 decide on `scope["path"]` and headers alone, never on the Host header, and read no body to decide.
-Must not know what any endpoint does.
+`app` says which layers of other files stand between them. Must not know what any endpoint does.
 
 In `scope["state"]` the endpoints find `request_id` and `tenant`, and may leave
 `num_unknown_parameters` for the log. One that sees its client leave raises `ClientGone`.
@@ -29,6 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.content_type import is_multipart
 from server.api.health import Lifecycle
 from server.api.json_body import error_response
+from server.config import ApiKey
 from server.errors import (
     HeadersTooLarge,
     InvalidApiKey,
@@ -182,6 +183,7 @@ class _Record:
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = self.request_id
+            headers["openai-processing-ms"] = str(round(self._elapsed_s() * 1000))
             if self.status in (408, 413):
                 headers["connection"] = "close"
         ends = message["type"] == "http.response.body" and not message.get("more_body", False)
@@ -205,6 +207,9 @@ class _Record:
         """The status of the answer; 499 where the client left, None where none was begun."""
         return 499 if self.client_gone else self.status
 
+    def _elapsed_s(self) -> float:
+        return time.monotonic() - self._started_s
+
     def log(self) -> None:
         path = self._scope["path"]
         line = {
@@ -214,7 +219,7 @@ class _Record:
             "method": self._scope["method"][:_MAX_LOGGED_CHARS],
             "path": path[:_MAX_LOGGED_CHARS],
             "status": self.outcome,
-            "duration_ms": round((time.monotonic() - self._started_s) * 1000, 1),
+            "duration_ms": round(self._elapsed_s() * 1000, 1),
         }
         if num_unknown := self._scope["state"].get("num_unknown_parameters", 0):
             line["num_unknown_parameters"] = num_unknown
@@ -229,9 +234,9 @@ class Authentication:
     time. Methods that no route has are refused here, so that no later layer can answer them.
     """
 
-    def __init__(self, app: ASGIApp, *, api_keys: Mapping[str, str]) -> None:
+    def __init__(self, app: ASGIApp, *, api_keys: Mapping[str, ApiKey]) -> None:
         self._app = app
-        self._digests = {name: bytes.fromhex(digest) for name, digest in api_keys.items()}
+        self._digests = {name: bytes.fromhex(key.sha256) for name, key in api_keys.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

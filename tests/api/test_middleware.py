@@ -77,7 +77,7 @@ def test_every_route_needs_a_key(locked: Server, method: str, path: str) -> None
         {},
         bearer("wrong"),
         bearer("alice"),
-        bearer(WITH_KEYS.api_keys["alice"]),
+        bearer(WITH_KEYS.api_keys["alice"].sha256),
         {b"authorization": KEYS["alice"].encode()},
         {b"authorization": b"Basic " + KEYS["alice"].encode()},
         {b"authorization": b"Bearer"},
@@ -364,6 +364,15 @@ def test_every_answer_has_an_id(shared_server: Server) -> None:
         assert answer.headers["x-request-id"] not in ("", unwanted)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_answer_says_how_long_it_took_to_begin(serve: Serve, stream: bool) -> None:
+    server = serve(preparer=TextPreparer(delay_s=0.3))
+    answer = server.http.post(URL, json=chat(stream=stream))
+    assert int(answer.headers["openai-processing-ms"]) >= 300
+    for path in ("/health", "/v1/models", "/nope"):
+        assert server.http.get(path).headers["openai-processing-ms"].isdigit()
+
+
 def test_a_streams_answer_has_the_id_too(shared_server: Server) -> None:
     headers = {"x-request-id": "mine"}
     response = shared_server.http.post(URL, json=chat(stream=True), headers=headers)
@@ -404,7 +413,8 @@ def test_one_line_is_logged_for_each_request(serve: Serve, log: pytest.LogCaptur
     assert (second["status"], second["tenant"], len(second["path"])) == (401, "", 128)
     written = "".join(each.getMessage() for each in log.records if each.name.startswith("server"))
     assert written.isascii() and written.isprintable()
-    for secret in ("canary", *KEYS.values(), *WITH_KEYS.api_keys.values()):
+    digests = [key.sha256 for key in WITH_KEYS.api_keys.values()]
+    for secret in ("canary", *KEYS.values(), *digests):
         assert secret not in written
 
 
