@@ -20,7 +20,7 @@ from server.api.content_type import is_multipart
 from server.api.health import not_ready
 from server.api.json_body import json_response, parse_body, read_json_object
 from server.api.media_usage import MediaUsage
-from server.api.metrics import counted
+from server.api.metrics import counted, counting_refusals
 from server.api.models import check_name
 from server.api.multipart import AttachmentLimits, Attachments
 from server.api.schemas import parse_chat_request
@@ -34,7 +34,7 @@ from server.api.sse import (
 )
 from server.chat.tokenizer import Delta, TokenChance, detokenize
 from server.core import FinishReason
-from server.errors import MediaError, Unavailable
+from server.errors import MediaError
 
 MAX_ATTACHMENTS = 128
 """Files that come with one request; of each the server holds a descriptor."""
@@ -67,16 +67,13 @@ async def chat_completions(request: Request) -> Response:
     async def begin() -> Answer:
         try:
             # The id under which the engine knows the request is ours: clients choose theirs freely.
-            prepared = await state.preparer.prepare(
-                chat_request,
-                request_id=envelope.id,
-                tenant=request.state.tenant,
-                attachments=attachments,
-            )
-        except Unavailable as error:
-            if error.shortage is not None:
-                state.metrics.count_rejection(error.shortage)
-            raise
+            with counting_refusals(state.metrics):
+                prepared = await state.preparer.prepare(
+                    chat_request,
+                    request_id=envelope.id,
+                    tenant=request.state.tenant,
+                    attachments=attachments,
+                )
         except MediaError as error:
             state.metrics.count_medium(error.kind, error.code)
             raise

@@ -19,7 +19,7 @@ from starlette.responses import Response
 
 from server.api.health import not_ready
 from server.api.json_body import json_response, read_json_object
-from server.api.metrics import counted
+from server.api.metrics import counted, counting_refusals
 from server.api.models import check_name
 from server.api.schemas import CompletionRequest, parse_completion_request
 from server.api.sse import (
@@ -78,12 +78,13 @@ async def completions(request: Request) -> Response:
         return counted(deltas, state.metrics, num_choices=asked.num_choices)
 
     async def begin() -> Answer:
-        prepared = [
-            await state.preparer.prepare(
-                each, request_id=f"{envelope.id}-{place}", tenant=request.state.tenant
-            )
-            for place, each in enumerate(asked.to_chat_requests())
-        ]
+        with counting_refusals(state.metrics):
+            prepared = [
+                await state.preparer.prepare(
+                    each, request_id=f"{envelope.id}-{place}", tenant=request.state.tenant
+                )
+                for place, each in enumerate(asked.to_chat_requests())
+            ]
         deltas = side_by_side(await start(prepared[0]), prepared, start)
         return Answer(
             PromptUsage(

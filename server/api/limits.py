@@ -147,6 +147,7 @@ def effective_limits(
         "chat": {
             "max_context_tokens": facts.max_request_tokens if facts else context_length,
             "max_text_bytes": prepare.MAX_BYTES_PER_CONTEXT_TOKEN * context_length,
+            "max_encodes_waiting": prepare.MAX_ENCODES_WAITING,
             **CHAT_CONSTANTS,
         },
     }

@@ -13,8 +13,9 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api.json_body import json_response, read_json_object
+from server.api.metrics import counting_refusals
 from server.api.models import check_name, context_length
-from server.chat.prepare import RawPrompt
+from server.chat.prepare import Preparer, RawPrompt
 from server.errors import (
     InvalidType,
     MissingParameter,
@@ -36,22 +37,12 @@ async def tokenize(request: Request) -> Response:
     """`{"prompt": text}` as a completion's, or `{"messages": [...]}` as a conversation's prompt."""
     body = await _read(request, TOKENIZE_FIELDS)
     prompt, messages = body.get("prompt"), body.get("messages")
-    adds_special = _flag(body, "add_special_tokens")
     if (prompt is None) == (messages is None):
         raise MissingParameter("Either prompt or messages is required.", param="prompt")
-    if prompt is None:
-        ids = await _conversation(request, messages, adds_special=adds_special)
-    elif not isinstance(prompt, str):
-        raise InvalidType("prompt must be a string.", param="prompt")
-    else:
-        if body.get("add_generation_prompt") is not None:
-            raise UnsupportedParameter(
-                "add_generation_prompt has a meaning only with messages.",
-                param="add_generation_prompt",
-            )
-        ids = await request.app.state.preparer.encode_raw(
-            RawPrompt(prompt, "prompt"), add_special_tokens=adds_special is not False
-        )
+    preparer: Preparer = request.app.state.preparer
+    encode = _text if messages is None else _conversation
+    with counting_refusals(request.app.state.metrics):
+        ids = await encode(preparer, body)
     max_model_len = context_length(request)
     return json_response({"count": len(ids), "max_model_len": max_model_len, "tokens": ids})
 
@@ -65,14 +56,15 @@ async def detokenize(request: Request) -> Response:
         raise MissingParameter("tokens is required.", param="tokens")
     if not isinstance(tokens, list):
         raise InvalidType("tokens must be an array.", param="tokens")
-    preparer = request.app.state.preparer
-    ids = await preparer.check_ids(tokens, "tokens")
+    preparer: Preparer = request.app.state.preparer
+    with counting_refusals(request.app.state.metrics):
+        ids = await preparer.check_ids(tokens, "tokens")
     return json_response({"prompt": preparer.tokenizer.decode(ids)})
 
 
 @router.get("/tokenizer_info")
 async def tokenizer_info(request: Request) -> Response:
-    preparer = request.app.state.preparer
+    preparer: Preparer = request.app.state.preparer
     tokenizer = preparer.tokenizer
     return json_response(
         {
@@ -85,18 +77,29 @@ async def tokenizer_info(request: Request) -> Response:
     )
 
 
-async def _conversation(
-    request: Request, messages: object, *, adds_special: bool | None
-) -> list[int]:
-    if adds_special:
+async def _text(preparer: Preparer, body: Mapping[str, Any]) -> list[int]:
+    prompt = body["prompt"]
+    if not isinstance(prompt, str):
+        raise InvalidType("prompt must be a string.", param="prompt")
+    if body.get("add_generation_prompt") is not None:
+        raise UnsupportedParameter(
+            "add_generation_prompt has a meaning only with messages.",
+            param="add_generation_prompt",
+        )
+    adds_special = _flag(body, "add_special_tokens") is not False
+    return await preparer.encode_raw(RawPrompt(prompt, "prompt"), add_special_tokens=adds_special)
+
+
+async def _conversation(preparer: Preparer, body: Mapping[str, Any]) -> list[int]:
+    messages = body["messages"]
+    if not isinstance(messages, list):
+        raise InvalidType("messages must be an array.", param="messages")
+    if _flag(body, "add_special_tokens"):
         raise UnsupportedParameter(
             "add_special_tokens has no meaning with messages: their template has them.",
             param="add_special_tokens",
         )
-    if not isinstance(messages, list):
-        raise InvalidType("messages must be an array.", param="messages")
-    ids: list[int] = await request.app.state.preparer.encode_messages(messages)
-    return ids
+    return await preparer.encode_messages(messages)
 
 
 async def _read(request: Request, known: frozenset[str]) -> dict[str, Any]:

@@ -41,10 +41,14 @@ from server.errors import (
     InvalidRequest,
     InvalidType,
     PromptTooLong,
+    Unavailable,
     UnsupportedParameter,
 )
 
 MAX_BYTES_PER_CONTEXT_TOKEN = 16
+
+MAX_ENCODES_WAITING = 256
+"""Prompts that may wait for the thread that encodes them."""
 
 _T = TypeVar("_T")
 
@@ -166,6 +170,7 @@ class Preparer:
         self._limits = limits
         self._media = media
         self._prompt_pool = ThreadPoolExecutor(1, thread_name_prefix="prompt")
+        self._num_encoding = 0
 
     @property
     def named_special_tokens(self) -> Mapping[str, str]:
@@ -265,7 +270,13 @@ class Preparer:
         return checked
 
     async def _in_thread(self, encode: Callable[[], list[int]]) -> list[int]:
-        return await asyncio.get_running_loop().run_in_executor(self._prompt_pool, encode)
+        if self._num_encoding > MAX_ENCODES_WAITING:
+            raise Unavailable(shortage="encodes")
+        self._num_encoding += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._prompt_pool, encode)
+        finally:
+            self._num_encoding -= 1
 
     async def _prompt(
         self,

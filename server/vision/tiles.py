@@ -78,8 +78,10 @@ def max_tiles(spec: VisionSpec, *, detail: Detail = "high", max_grids: int | Non
 
 
 def image_token_range(spec: VisionSpec) -> tuple[int, int]:
-    """The least and the most tokens of a picture: of its thumbnail alone, and of one that fills
-    the most expensive grid exactly."""
+    """The least and the most tokens of a picture.
+
+    The least is its thumbnail alone, the most one that fills the most expensive grid exactly.
+    """
     largest = [
         image_layout((width, height), spec).num_tokens
         for height, width in spec.candidate_resolutions

@@ -8,6 +8,8 @@ from typing import Any
 import openai
 import pytest
 from fastapi import FastAPI
+from hypothesis import given
+from hypothesis import strategies as st
 from openai.types import completion_create_params
 
 from server.api.schemas import (
@@ -365,6 +367,26 @@ def refusal(**fields: Any) -> tuple[str, str | None]:
     with pytest.raises(InvalidRequest) as caught:
         parse_completion_request(LEAST | fields, is_strict=False)
     return caught.value.code, caught.value.param
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=12,
+)
+
+
+@given(prompt=JSON)
+def test_a_prompt_is_taken_apart_or_refused_by_its_place(prompt: Any) -> None:
+    """Whatever it is; and what is taken is what was sent, in its order."""
+    try:
+        parsed = parse_completion_request(LEAST | {"prompt": prompt}, is_strict=True)
+    except InvalidRequest as error:
+        assert error.param is not None and error.param.startswith("prompt")
+        return
+    contents = [each.content for each in parsed.request.prompts]
+    assert contents in ([prompt], prompt)
+    assert all(isinstance(each, str | list) for each in contents)
 
 
 def test_numbers_of_a_completion() -> None:

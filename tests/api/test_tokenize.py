@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 
 from server.chat.prepare import Preparer
 from tests.api.demo import CONTEXT, demo_preparer
-from tests.conftest import MODEL, Server, assert_error, running
+from tests.conftest import MODEL, Server, assert_error, running, until
 from tests.fakes import FAKE_FACTS
 
 
@@ -142,6 +145,35 @@ PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA
 )
 def test_refusals(server: Server, path: str, body: dict[str, Any], code: str, param: str) -> None:
     assert_error(server.http.post(path, json=body), 400, code, param=param)
+
+
+def test_only_so_many_prompts_wait_to_be_encoded(
+    build: Callable[..., FastAPI], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.chat.prepare.MAX_ENCODES_WAITING", 1)
+    begun, gate = threading.Event(), threading.Event()
+    preparer = demo_preparer()
+    encode = preparer.tokenizer.encode_prompt
+
+    def slowly(text: str) -> list[int]:
+        begun.set()
+        assert gate.wait(10)
+        return encode(text)
+
+    preparer.tokenizer.encode_prompt = slowly  # type: ignore[method-assign]
+    with running(build(preparer=preparer)) as server, ThreadPoolExecutor(2) as clients:
+        url, body = f"{server.url}/tokenize", {"prompt": "a"}
+        answers = [clients.submit(httpx.post, url, json=body, timeout=20) for _ in range(2)]
+        assert begun.wait(10)
+        until(lambda: server.app.state.lifecycle.num_running == 2)
+        try:
+            refused = server.http.post("/tokenize", json=body)
+        finally:
+            gate.set()
+        assert_error(refused, 503, "server_is_overloaded")
+        assert [answer.result().status_code for answer in answers] == [200, 200]
+        assert server.http.post("/tokenize", json=body).status_code == 200
+    preparer.close()
 
 
 def test_another_model_is_not_found(server: Server) -> None:

@@ -49,12 +49,14 @@ def score(demo: RunningServer, context: list[int], *continuations: list[int]) ->
 def test_an_echo_is_as_likely_as_the_answer_was(demo: RunningServer) -> None:
     """The chat's own prompt and answer, given back as ids, are scored as they were made."""
     messages: list[Any] = [{"role": "user", "content": "안녕하세요"}]
-    answer = demo.client.chat.completions.create(
+    whole = demo.client.chat.completions.create(
         model=demo.model, messages=messages, temperature=0, max_tokens=40, logprobs=True
-    ).choices[0]
+    )
+    answer = whole.choices[0]
     assert answer.logprobs is not None and answer.logprobs.content
     made = math.fsum(each.logprob for each in answer.logprobs.content)
     context = tokens_of(demo, messages=messages)
+    assert whole.usage is not None and whole.usage.prompt_tokens == len(context)
     said = tokens_of(demo, prompt=answer.message.content)
     assert len(said) == len(answer.logprobs.content)
     (scored,) = score(demo, context, said)
