@@ -164,7 +164,7 @@ async def _without_answers(deltas: AsyncGenerator[Delta, None]) -> AsyncGenerato
             yield replace(
                 delta,
                 text="",
-                finish_reason=None if delta.finish_reason is None else "length",
+                finish_reason="length" if delta.finish_reason == "stop" else delta.finish_reason,
                 num_tokens=0,
                 chances=(),
                 starts=(),

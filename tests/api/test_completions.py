@@ -323,6 +323,14 @@ def test_an_error_of_one_prompt_ends_them_all(serve: Serve, preparer: Preparer) 
     assert last["error"]["code"] == "internal_error"
 
 
+def test_an_answer_cut_off_is_an_error_even_where_none_was_wanted(
+    serve: Serve, preparer: Preparer
+) -> None:
+    server = serve(engine=FakeEngine([5], finish_reason="abort"), preparer=preparer)
+    for fields in ({"max_tokens": 0, "echo": True}, {"max_tokens": 5}):
+        assert_error(server.http.post(URL, json=LEAST | fields), 500, "internal_error")
+
+
 def test_what_is_wrong_with_a_prompt_is_named(server: Server, preparer: Preparer) -> None:
     spec = preparer.facts.vision
     assert spec is not None
