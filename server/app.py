@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Match, Route
 
-from server.api import chat, health, models
+from server.api import chat, completions, health, limits, models, tokenize
 from server.api import files as files_api
 from server.api.cross_origin import CrossOriginHeaders, Preflights
 from server.api.health import Lifecycle
@@ -30,7 +30,7 @@ from server.api.models import ServedModel
 from server.api.rate_limits import RateLimits
 from server.chat.media import MediaReader
 from server.chat.prepare import Preparer
-from server.config import HttpConfig, MediaConfig
+from server.config import EngineConfig, HttpConfig, MediaConfig
 from server.engine.client import Engine
 from server.errors import MethodNotAllowed, ServerError, UnknownUrl
 from server.media.store import FileStore
@@ -38,7 +38,14 @@ from server.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-ROUTERS = (chat.router, models.router, health.router)
+ROUTERS = (
+    chat.router,
+    completions.router,
+    tokenize.router,
+    models.router,
+    limits.router,
+    health.router,
+)
 FILE_ROUTERS = (files_api.router,)
 """Only where there is a store for files: without one nobody can tell that there are such URLs."""
 
@@ -54,6 +61,7 @@ def build_app(
     *,
     metrics: Metrics,
     on_load_failure: Callable[[Exception], None],
+    engine_limits: EngineConfig | None = None,
     media: MediaConfig | None = None,
     media_reader: MediaReader | None = None,
     files: FileStore | None = None,
@@ -96,6 +104,7 @@ def build_app(
     app.state.model = model
     app.state.lifecycle = Lifecycle()
     app.state.metrics = metrics
+    app.state.engine_limits = engine_limits or EngineConfig()
     app.state.media = media or MediaConfig()
     app.state.files = files
     app.state.disk_threads = ThreadPoolExecutor(_NUM_DISK_THREADS, thread_name_prefix="disk")

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import ctypes
 import fcntl
+import json
 import logging
 import os
 import resource
@@ -18,7 +19,7 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -30,6 +31,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from server import __version__
 from server.api.admin import AdminApp
+from server.api.limits import effective_limits
 from server.api.models import ServedModel
 from server.api.protocol import protocol_with_deadline
 from server.app import build_app, drain
@@ -38,7 +40,7 @@ from server.chat.prepare import ModelFacts, Preparer
 from server.chat.template import ChatTemplate
 from server.chat.tokenizer import Tokenizer
 from server.config import Config, HttpConfig, MediaConfig, load_config
-from server.core import VisionLayout, VisionSpec
+from server.core import VisionSpec
 from server.decoding.pool import DecoderPool
 from server.engine.client import Engine, EngineClient, EngineFacts
 from server.errors import CheckpointError, ConfigError
@@ -47,7 +49,8 @@ from server.media.fetch import Fetcher
 from server.media.store import FileStore
 from server.model.config import CheckpointInfo, read_checkpoint
 from server.telemetry.metrics import Metrics
-from server.vision.frames import frame_queries
+from server.vision.frames import video_token_range
+from server.vision.tiles import image_token_range
 
 _log = logging.getLogger(__name__)
 
@@ -390,9 +393,10 @@ def _serve(
             config.http,
             engine,
             preparer,
-            ServedModel(name=name, context_length=context_length, created_s=int(time.time())),
+            _served_model(name, config.model.aliases, info, context_length),
             metrics=metrics,
             on_load_failure=on_load_failure,
+            engine_limits=config.engine,
             media=config.media,
             media_reader=media_reader,
             files=files,
@@ -402,6 +406,14 @@ def _serve(
 
         def on_ready(facts: EngineFacts) -> None:
             progress.close()
+            limits = effective_limits(
+                config.http,
+                config.media,
+                config.engine,
+                context_length=context_length,
+                facts=facts,
+            )
+            _log.info("limits: %s", json.dumps(limits))
             typer.echo(_banner(name, facts, _address(listener, has_tls=tls is not None)))
 
         _listen(listener)
@@ -445,6 +457,21 @@ def _media_reader(
     fetcher = Fetcher(config, user_agent=f"hcx-server/{__version__}")
     return MediaReader(
         config, spec, fetcher=fetcher, decoders=DecoderPool(config, spec), files=files
+    )
+
+
+def _served_model(
+    name: str, aliases: Sequence[str], info: CheckpointInfo, context_length: int
+) -> ServedModel:
+    spec = info.vision
+    return ServedModel(
+        name=name,
+        context_length=context_length,
+        created_s=int(time.time()),
+        aliases=tuple(alias for alias in dict.fromkeys(aliases) if alias != name),
+        media_tokens={}
+        if spec is None
+        else {"image": image_token_range(spec), "video": video_token_range(spec)},
     )
 
 
@@ -670,11 +697,8 @@ def _vision_findings(info: CheckpointInfo, tokenizer: Tokenizer) -> Iterator[tup
         f"{', with ' + ' and '.join(extras) if extras else ''}",
     )
     yield "picture grids", _grids(spec)
-    thumbnail = VisionLayout(tile_queries=(spec.image_queries,), newline=True)
-    yield (
-        "picture tokens",
-        f"{thumbnail.num_tokens} at detail low, at most {_largest_picture(spec)}",
-    )
+    least_tokens, most_tokens = image_token_range(spec)
+    yield "picture tokens", f"{least_tokens} at detail low, at most {most_tokens}"
     yield (
         "video frames",
         f"at most {spec.max_frames}, on {spec.max_canvases} canvases of {spec.frames_per_canvas}",
@@ -682,7 +706,7 @@ def _vision_findings(info: CheckpointInfo, tokenizer: Tokenizer) -> Iterator[tup
     yield (
         "video tokens",
         f"{spec.video_slow_queries} for a canvas's first frame and {spec.video_fast_queries} for "
-        f"each other, at most {sum(frame_queries(spec.max_frames, spec))}",
+        f"each other, at most {video_token_range(spec)[1]}",
     )
     yield "picture id", _named_ids((spec.image_token_id,), tokenizer)
     if spec.video_token_id is None:
@@ -699,23 +723,6 @@ def _grids(spec: VisionSpec) -> str:
         for height, width in spec.candidate_resolutions
     ]
     return f"{len(tiles)}, of at most {max(tiles)} tiles of {spec.tile_size} pixels and a thumbnail"
-
-
-def _largest_picture(spec: VisionSpec) -> int:
-    """Tokens of a picture that fills its grid exactly, in the most expensive grid."""
-    side = int(spec.image_queries**0.5)
-    layouts = [VisionLayout(tile_queries=(spec.image_queries,), newline=True)]
-    for height, width in spec.candidate_resolutions:
-        rows, columns = height // spec.tile_size, width // spec.tile_size
-        layouts.append(
-            VisionLayout(
-                tile_queries=(spec.image_queries,) * (1 + rows * columns),
-                local_grid=(rows, columns),
-                kept=(0, 0, rows * side, columns * side),
-                newline=True,
-            )
-        )
-    return max(layout.num_tokens for layout in layouts)
 
 
 def _named_ids(ids: tuple[int, ...], tokenizer: Tokenizer) -> str:

@@ -185,6 +185,7 @@ class ModelConfig(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=T
     path: Annotated[str, Field(min_length=1)] | None = None
     revision: Annotated[str, Field(min_length=1)] | None = None
     served_name: Annotated[str, Field(min_length=1)] | None = None
+    aliases: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_context: PositiveInt | None = None

@@ -197,16 +197,18 @@ def build(byte_tokenizer: Tokenizer) -> Callable[..., FastAPI]:
         preparer: Any = None,
         http: HttpConfig | None = None,
         on_load_failure: Callable[[Exception], None] = lambda error: None,
+        model: ServedModel | None = None,
         media: MediaConfig | None = None,
         files: FileStore | None = None,
     ) -> FastAPI:
         preparer = preparer or TextPreparer()
-        preparer.tokenizer = byte_tokenizer
+        if preparer.tokenizer is None:
+            preparer.tokenizer = byte_tokenizer
         return build_app(
             http or HttpConfig(),
             engine or FakeEngine([*b"hello", END]),
             preparer,
-            ServedModel(MODEL, context_length=4096, created_s=1_700_000_000),
+            model or ServedModel(MODEL, context_length=4096, created_s=1_700_000_000),
             metrics=Metrics(),
             on_load_failure=on_load_failure,
             media=media,

@@ -139,6 +139,11 @@ class FakeEngine:
         if not events:
             return [TokenEvent(request.request_id, None, reason, choice=choice)]
         events[-1] = replace(events[-1], finish_reason=reason)
+        num_told = request.sampling.num_prompt_logprobs
+        if choice == 0 and num_told is not None:
+            _, *rest = request.prompt_ids
+            told = (None, *(fake_logprobs(token_id, num_told) for token_id in rest))
+            events[0] = replace(events[0], prompt_logprobs=told)
         return events
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -19,14 +20,22 @@ from server.api.content_type import is_multipart
 from server.api.health import not_ready
 from server.api.json_body import json_response, parse_body, read_json_object
 from server.api.media_usage import MediaUsage
-from server.api.metrics import counted
+from server.api.metrics import counted, counting_refusals
 from server.api.models import check_name
 from server.api.multipart import AttachmentLimits, Attachments
 from server.api.rate_limits import Allowance, charged
 from server.api.schemas import parse_chat_request
-from server.api.sse import Answer, Envelope, EventStream, collect, sse_frames, until_client_leaves
-from server.chat.tokenizer import detokenize
-from server.errors import MediaError, RequestTimeout, Unavailable
+from server.api.sse import (
+    LEAST_LOGPROB,
+    Answer,
+    Envelope,
+    EventStream,
+    collect_in_time,
+    sse_frames,
+)
+from server.chat.tokenizer import Delta, TokenChance, detokenize
+from server.core import FinishReason
+from server.errors import MediaError
 
 MAX_ATTACHMENTS = 128
 """Files that come with one request; of each the server holds a descriptor."""
@@ -49,7 +58,9 @@ async def chat_completions(request: Request) -> Response:
     state.metrics.count_unknown_parameters(parsed.num_unknown)
     wire = parsed.request
     check_name(state.model, wire.model)
-    envelope = Envelope(f"chatcmpl-{uuid.uuid4().hex}", wire.model, int(time.time()))
+    envelope = Envelope(
+        f"chatcmpl-{uuid.uuid4().hex}", wire.model, int(time.time()), wire.answered_tier
+    )
     chat_request = wire.to_chat_request()
     state.engine.check_room(request.state.tenant, chat_request.num_choices)
     allowance: Allowance = request.state.allowance
@@ -58,16 +69,13 @@ async def chat_completions(request: Request) -> Response:
     async def begin() -> Answer:
         try:
             # The id under which the engine knows the request is ours: clients choose theirs freely.
-            prepared = await state.preparer.prepare(
-                chat_request,
-                request_id=envelope.id,
-                tenant=request.state.tenant,
-                attachments=attachments,
-            )
-        except Unavailable as error:
-            if error.shortage is not None:
-                state.metrics.count_rejection(error.shortage)
-            raise
+            with counting_refusals(state.metrics):
+                prepared = await state.preparer.prepare(
+                    chat_request,
+                    request_id=envelope.id,
+                    tenant=request.state.tenant,
+                    attachments=attachments,
+                )
         except MediaError as error:
             state.metrics.count_medium(error.kind, error.code)
             raise
@@ -88,9 +96,9 @@ async def chat_completions(request: Request) -> Response:
         return Answer(
             prepared.usage,
             counted(charged(deltas, allowance), state.metrics, num_choices=num_choices),
+            ChatShape(has_logprobs=bool(wire.logprobs)),
             media=media,
             num_choices=num_choices,
-            has_logprobs=bool(wire.logprobs),
         )
 
     if wire.stream:
@@ -98,14 +106,74 @@ async def chat_completions(request: Request) -> Response:
         return EventStream(
             frames, receive=receive, deadline_s=deadline_s, late_headers=media.headers
         )
-    try:
-        async with asyncio.timeout_at(deadline_s) as deadline:
-            completion = await until_client_leaves(receive, collect(begin, envelope))
-    except TimeoutError:
-        if deadline.expired():
-            raise RequestTimeout() from None
-        raise
+    completion = await collect_in_time(begin, envelope, receive=receive, deadline_s=deadline_s)
     return json_response(completion, headers=media.headers())
+
+
+class ChatShape:
+    """Choices as messages, and as deltas of them; a choice's first piece gives its role."""
+
+    whole_kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
+
+    def __init__(self, *, has_logprobs: bool) -> None:
+        self._has_logprobs = has_logprobs
+        self._begun: set[int] = set()  # the choices that have sent their role
+
+    def whole(self, index: int, deltas: Sequence[Delta]) -> dict[str, object]:
+        return {
+            "index": index,
+            "message": {
+                "role": "assistant",
+                "content": "".join(delta.text for delta in deltas),
+                "refusal": None,
+            },
+            "logprobs": self._logprobs(chance for delta in deltas for chance in delta.chances),
+            "finish_reason": deltas[-1].finish_reason,
+        }
+
+    def pieces(self, delta: Delta) -> Iterator[dict[str, object]]:
+        if delta.choice not in self._begun:
+            self._begun.add(delta.choice)
+            yield _piece(delta.choice, {"role": "assistant", "content": ""})
+        logprobs = self._logprobs(delta.chances) if delta.chances else None
+        if delta.text:
+            yield _piece(delta.choice, {"content": delta.text}, logprobs)
+            logprobs = None
+        if delta.finish_reason is not None:
+            yield _piece(delta.choice, {}, logprobs, delta.finish_reason)
+
+    def _logprobs(self, chances: Iterable[TokenChance]) -> dict[str, object] | None:
+        """OpenAI's object; None where none were asked for."""
+        if not self._has_logprobs:
+            return None
+        content = [
+            _chance(chance) | {"top_logprobs": [_chance(each) for each in chance.top]}
+            for chance in chances
+        ]
+        return {"content": content, "refusal": None}
+
+
+def _piece(
+    index: int,
+    content: Mapping[str, str],
+    logprobs: Mapping[str, object] | None = None,
+    finish_reason: FinishReason | None = None,
+) -> dict[str, object]:
+    return {
+        "index": index,
+        "delta": content,
+        "logprobs": logprobs,
+        "finish_reason": finish_reason,
+    }
+
+
+def _chance(chance: TokenChance) -> dict[str, object]:
+    return {
+        "token": chance.text,
+        "logprob": max(chance.logprob, LEAST_LOGPROB),
+        "bytes": list(chance.text_bytes),
+    }
 
 
 async def _read_body(request: Request) -> tuple[dict[str, Any], Attachments | None, Receive]:

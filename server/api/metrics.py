@@ -6,6 +6,7 @@ keeps them up to date. Must not know how anything is counted.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncGenerator, Iterator
 from typing import get_args
 
@@ -13,7 +14,7 @@ from server.api.health import Lifecycle
 from server.chat.media import MediaReader
 from server.chat.tokenizer import Delta
 from server.engine.client import STEP_BOUNDS_S, Engine, EngineStatus
-from server.errors import ServerError
+from server.errors import ServerError, Unavailable
 from server.telemetry.metrics import Metric, Metrics, counter, gauge, histogram, info, one_of
 
 
@@ -184,6 +185,17 @@ def read_media(reader: MediaReader) -> Iterator[Metric]:
     yield gauge(
         "hcx_finished_cache_bytes", "Pixels ready for the engine.", reader.finished.num_bytes
     )
+
+
+@contextlib.contextmanager
+def counting_refusals(metrics: Metrics) -> Iterator[None]:
+    """What finds no room before the engine, which counts its own, is counted by what was short."""
+    try:
+        yield
+    except Unavailable as error:
+        if error.shortage is not None:
+            metrics.count_rejection(error.shortage)
+        raise
 
 
 async def counted(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api.json_body import json_response
+from server.core import MediaKind
 from server.errors import ModelNotFound, quoted
 
 router = APIRouter()
@@ -15,38 +17,60 @@ router = APIRouter()
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The model under the name clients use; `created_s` in seconds since 1970."""
+    """The model under the names clients use; `created_s` in seconds since 1970.
+
+    `media_tokens` are the least and the most tokens of one medium of each kind that the model
+    takes: none where it takes only text.
+    """
 
     name: str
     context_length: int
     created_s: int
+    aliases: tuple[str, ...] = ()
+    media_tokens: Mapping[MediaKind, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
 
 
 def check_name(model: ServedModel, name: str) -> None:
     """ModelNotFound unless `name` is served."""
-    if name != model.name:
+    if name not in model.names:
         raise ModelNotFound(f"The model {quoted(name)} does not exist.", param="model")
+
+
+def context_length(request: Request) -> int:
+    """Of prompt and answer together; known exactly once the engine has measured its cache."""
+    state = request.app.state
+    facts = state.engine.facts
+    tokens: int = facts.max_request_tokens if facts else state.model.context_length
+    return tokens
 
 
 @router.get("/v1/models")
 async def models(request: Request) -> Response:
-    return json_response({"object": "list", "data": [_entry(request)]})
+    names = request.app.state.model.names
+    return json_response({"object": "list", "data": [_entry(request, name) for name in names]})
 
 
 @router.get("/v1/models/{name:path}")
 async def model(request: Request, name: str) -> Response:
     check_name(request.app.state.model, name)
-    return json_response(_entry(request))
+    return json_response(_entry(request, name))
 
 
-def _entry(request: Request) -> dict[str, object]:
-    state = request.app.state
-    facts = state.engine.facts
+def _entry(request: Request, name: str) -> dict[str, object]:
+    served: ServedModel = request.app.state.model
     return {
-        "id": state.model.name,
+        "id": name,
         "object": "model",
-        "created": state.model.created_s,
+        "created": served.created_s,
         "owned_by": "hcx-server",
-        # Known exactly once the engine has measured its cache.
-        "max_model_len": facts.max_request_tokens if facts else state.model.context_length,
+        "max_model_len": context_length(request),
+        "modalities": ["text", *served.media_tokens],
+        "media_tokens": {
+            kind: {"least": least, "most": most}
+            for kind, (least, most) in served.media_tokens.items()
+        },
     }

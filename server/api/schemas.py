@@ -1,6 +1,7 @@
-"""What a chat request may say: each field honoured, or refused by name.
+"""What a chat or completion request may say: each field honoured, or refused by name.
 
-`parse_chat_request` is the only way from a JSON object to a `ChatCompletionRequest`. A field that
+`parse_chat_request` is the only way from a JSON object to a `ChatCompletionRequest`, and
+`parse_completion_request` to a `CompletionRequest`. A field that
 OpenAI or the engines beside us know and we do not honour yet stands in `UNSUPPORTED` with the
 values that ask for nothing; any other value of it is an error, never silence. Must not know how an
 answer is made.
@@ -9,14 +10,14 @@ answer is made.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from server.chat.options import parse_request_options
-from server.chat.prepare import ChatRequest
+from server.chat.prepare import ChatRequest, RawPrompt
 from server.errors import (
     ArrayTooLong,
     InvalidRequest,
@@ -34,8 +35,15 @@ MAX_STOP_CHARS = 256
 MAX_STOP_IDS = 64
 MAX_BIASES = 1024
 MAX_USER_BYTES = 512
+MAX_METADATA = 16
+MAX_METADATA_KEY_CHARS = 64
+MAX_METADATA_VALUE_CHARS = 512
 MAX_CHOICES = 8
 MAX_TOP_LOGPROBS = 20
+MAX_PROMPTS = 64
+MAX_PROMPTS_TIMES_CHOICES = 128
+MAX_COMPLETION_LOGPROBS = 5
+DEFAULT_COMPLETION_TOKENS = 16
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,18}", re.ASCII)
 _INT32_MIN, _INT32_MAX = -(2**31), 2**31 - 1
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
@@ -45,18 +53,14 @@ UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
     "audio": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "metadata": ({},),
     "modalities": (["text"],),
     "moderation": (),
     "parallel_tool_calls": (True, False),
     "prediction": (),
-    "prompt_cache_key": ("",),
     "prompt_cache_options": (),
     "prompt_cache_retention": (),
     "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
-    "safety_identifier": ("",),
-    "service_tier": ("auto", "default"),
     "store": (False,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -204,11 +208,20 @@ class ChatCompletionRequest(BaseModel):
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
     user: Text | None = None
+    safety_identifier: Text | None = None
+    prompt_cache_key: Text | None = None
+    metadata: Annotated[dict[str, Text], Field(strict=True, max_length=MAX_METADATA)] | None = None
+    service_tier: Text | None = None
     media_options: Any = None
 
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def answered_tier(self) -> str | None:
+        """What the answer says of the tier: there is one, told to whom asks for any."""
+        return None if self.service_tier is None else "default"
 
     def to_chat_request(self) -> ChatRequest:
         """What the answer depends on, without the wire's habits. Refuses faulty options."""
@@ -238,6 +251,96 @@ class ChatCompletionRequest(BaseModel):
         )
 
 
+SHARED_FIELDS: Final = (
+    "model",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "stop",
+    "stop_token_ids",
+    "min_tokens",
+    "seed",
+    "ignore_eos",
+    "priority",
+    "n",
+    "stream",
+    "stream_options",
+    "user",
+    "safety_identifier",
+    "prompt_cache_key",
+    "metadata",
+    "service_tier",
+)
+"""The fields of a chat request that mean the same in a completion request."""
+
+
+class CompletionFields(BaseModel):
+    """What a completion request has to itself."""
+
+    model_config = ConfigDict(frozen=True)
+
+    prompt: Any
+    max_tokens: Annotated[Integer, Field(ge=0, le=_INT64_MAX)] | None = None
+    logprobs: Annotated[Integer, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
+    echo: Flag | None = None
+
+
+COMPLETION_UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
+    name: UNSUPPORTED.get(name, ())
+    for name in (*UNSUPPORTED, *ChatCompletionRequest.model_fields)
+    if name not in SHARED_FIELDS and name not in CompletionFields.model_fields
+} | {"add_special_tokens": (True,)}
+"""The same as `UNSUPPORTED` for completions, where the tokenizer's own rules always apply."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """The body of POST /v1/completions: `shared` holds the `SHARED_FIELDS`, and no messages."""
+
+    shared: ChatCompletionRequest
+    own: CompletionFields
+    prompts: tuple[RawPrompt, ...]
+
+    @property
+    def num_choices(self) -> int:
+        """Of each prompt."""
+        return self.shared.n or 1
+
+    @property
+    def is_echoing(self) -> bool:
+        return bool(self.own.echo)
+
+    @property
+    def is_only_scored(self) -> bool:
+        """Whether nothing is to come after the prompt."""
+        return self.own.max_tokens == 0
+
+    def to_chat_requests(self) -> tuple[ChatRequest, ...]:
+        """One for each prompt."""
+        max_tokens = self.own.max_tokens
+        asked = replace(
+            self.shared.to_chat_request(),
+            # The engine tells of a prompt with the first token after it: one is made and dropped.
+            max_tokens=DEFAULT_COMPLETION_TOKENS if max_tokens is None else max(max_tokens, 1),
+            num_logprobs=self.own.logprobs,
+            num_prompt_logprobs=self.own.logprobs if self.is_echoing else None,
+        )
+        return tuple(replace(asked, prompt=prompt) for prompt in self.prompts)
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedCompletion:
+    """A valid request, and how many of its fields nobody knows."""
+
+    request: CompletionRequest
+    num_unknown: int
+
+
 @dataclass(frozen=True, slots=True)
 class ParsedChat:
     """A valid request, and how many of its fields nobody knows."""
@@ -248,17 +351,8 @@ class ParsedChat:
 
 def parse_chat_request(body: Mapping[str, Any], *, is_strict: bool) -> ParsedChat:
     """The request in `body`; raises the contract's 400 for the first thing wrong with it."""
-    for name, neutral in UNSUPPORTED.items():
-        if not _is_neutral(body.get(name), neutral):
-            raise UnsupportedParameter(f"{name} is not supported by this server.", param=name)
     honoured = ChatCompletionRequest.model_fields
-    unknown = [name for name in body if name not in honoured and name not in UNSUPPORTED]
-    options = body.get("stream_options")
-    for name in options if isinstance(options, dict) else ():
-        if name not in StreamOptions.model_fields:
-            unknown.append(f"stream_options.{name}")
-    if unknown and is_strict:
-        raise UnknownParameter(f"Unknown parameter {quoted(unknown[0])}.", param=unknown[0][:64])
+    num_unknown = _check_names(body, honoured, UNSUPPORTED, is_strict=is_strict)
     try:
         request = ChatCompletionRequest.model_validate(
             {name: body[name] for name in honoured if name in body}
@@ -266,7 +360,80 @@ def parse_chat_request(body: Mapping[str, Any], *, is_strict: bool) -> ParsedCha
     except ValidationError as error:
         raise _translated(error, body) from None
     _check_together(request)
-    return ParsedChat(request, num_unknown=len(unknown))
+    return ParsedChat(request, num_unknown)
+
+
+def parse_completion_request(body: Mapping[str, Any], *, is_strict: bool) -> ParsedCompletion:
+    """The request in `body`; raises the contract's 400 for the first thing wrong with it.
+
+    Of the prompts only their number and their forms are looked at.
+    """
+    honoured = (*SHARED_FIELDS, *CompletionFields.model_fields)
+    num_unknown = _check_names(body, honoured, COMPLETION_UNSUPPORTED, is_strict=is_strict)
+    given = {name: body[name] for name in SHARED_FIELDS if name in body}
+    try:
+        shared = ChatCompletionRequest.model_validate(given | {"messages": []})
+        own = CompletionFields.model_validate(
+            {name: body[name] for name in CompletionFields.model_fields if name in body}
+        )
+    except ValidationError as error:
+        raise _translated(error, body) from None
+    _check_together(shared)
+    request = CompletionRequest(shared, own, _prompts(own.prompt))
+    num_choices = len(request.prompts) * request.num_choices
+    if num_choices > MAX_PROMPTS_TIMES_CHOICES:
+        raise InvalidRequest(
+            f"{len(request.prompts)} prompts with n {request.num_choices} are {num_choices} "
+            f"choices; at most {MAX_PROMPTS_TIMES_CHOICES} are made.",
+            param="n",
+        )
+    if request.is_only_scored and not request.is_echoing:
+        raise InvalidRequest("max_tokens may be 0 only with echo.", param="max_tokens")
+    return ParsedCompletion(request, num_unknown)
+
+
+def _prompts(value: object) -> tuple[RawPrompt, ...]:
+    """OpenAI's four forms: a text, texts, the ids of a prompt, the ids of several."""
+    if isinstance(value, str):
+        return (RawPrompt(value, "prompt"),)
+    if not isinstance(value, list):
+        raise InvalidType("prompt must be a string or an array.", param="prompt")
+    if not value:
+        raise InvalidRequest("prompt must not be empty.", param="prompt")
+    kind = type(value[0])
+    if kind not in (str, list):
+        return (RawPrompt(value, "prompt"),)
+    if len(value) > MAX_PROMPTS:
+        raise ArrayTooLong(f"prompt must have at most {MAX_PROMPTS} items.", param="prompt")
+    for index, each in enumerate(value):
+        if type(each) is not kind:
+            raise InvalidType(
+                f"prompt[{index}] must be {'a string' if kind is str else 'an array of token ids'},"
+                " like the others.",
+                param=f"prompt[{index}]",
+            )
+    return tuple(RawPrompt(each, f"prompt[{index}]") for index, each in enumerate(value))
+
+
+def _check_names(
+    body: Mapping[str, Any],
+    honoured: Collection[str],
+    unsupported: Mapping[str, tuple[object, ...]],
+    *,
+    is_strict: bool,
+) -> int:
+    """Refuse what is known and not honoured; how many fields nobody knows."""
+    for name, neutral in unsupported.items():
+        if not _is_neutral(body.get(name), neutral):
+            raise UnsupportedParameter(f"{name} is not supported by this server.", param=name)
+    unknown = [name for name in body if name not in honoured and name not in unsupported]
+    options = body.get("stream_options")
+    for name in options if isinstance(options, dict) else ():
+        if name not in StreamOptions.model_fields:
+            unknown.append(f"stream_options.{name}")
+    if unknown and is_strict:
+        raise UnknownParameter(f"Unknown parameter {quoted(unknown[0])}.", param=unknown[0][:64])
+    return len(unknown)
 
 
 def _check_together(request: ChatCompletionRequest) -> None:
@@ -297,8 +464,34 @@ def _check_together(request: ChatCompletionRequest) -> None:
                 "stream_options.continuous_usage_stats is not supported by this server.",
                 param="stream_options.continuous_usage_stats",
             )
-    if request.user is not None and len(request.user.encode()) > MAX_USER_BYTES:
-        raise StringTooLong(f"user must be at most {MAX_USER_BYTES} bytes long.", param="user")
+    _check_hints(request)
+
+
+def _check_hints(request: ChatCompletionRequest) -> None:
+    """Nothing here is used; what would be more than a hint is refused."""
+    for name, text in (
+        ("user", request.user),
+        ("safety_identifier", request.safety_identifier),
+        ("prompt_cache_key", request.prompt_cache_key),
+    ):
+        if text is not None and len(text.encode()) > MAX_USER_BYTES:
+            raise StringTooLong(f"{name} must be at most {MAX_USER_BYTES} bytes long.", param=name)
+    for key, value in (request.metadata or {}).items():
+        if len(key) > MAX_METADATA_KEY_CHARS:
+            raise StringTooLong(
+                f"The keys of metadata must be at most {MAX_METADATA_KEY_CHARS} characters long.",
+                param="metadata",
+            )
+        if len(value) > MAX_METADATA_VALUE_CHARS:
+            raise StringTooLong(
+                f"The values of metadata must be at most {MAX_METADATA_VALUE_CHARS} characters "
+                "long.",
+                param=f"metadata.{quoted(key)[1:-1]}",
+            )
+    if request.service_tier not in (None, "auto", "default"):
+        raise UnsupportedParameter(
+            "service_tier must be auto or default: this server has one tier.", param="service_tier"
+        )
 
 
 def _is_neutral(value: object, neutral: tuple[object, ...]) -> bool:

@@ -1,8 +1,9 @@
 """An answer on the wire: `Delta`s printed as server-sent events, or added up to one completion.
 
 `sse_frames` and `collect` read the same `Answer`; usage and finish reason are worked out once, in
-it. `EventStream` is the HTTP side of a stream: when its headers go out, what keeps it alive, and
-how it ends whatever happens. Must not know where an answer comes from.
+it, and its `Shape` says how its endpoint words the choices. `EventStream` is the HTTP side of a
+stream: when its headers go out, what keeps it alive, and how it ends whatever happens. Must not
+know where an answer comes from.
 """
 
 from __future__ import annotations
@@ -10,9 +11,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -21,8 +30,7 @@ from server.api.json_body import error_json, to_json
 from server.api.media_usage import MediaUsage
 from server.api.middleware import ClientGone
 from server.chat.prepare import PromptUsage
-from server.chat.tokenizer import Delta, TokenChance
-from server.core import FinishReason
+from server.chat.tokenizer import Delta
 from server.errors import RequestTimeout, ServerError
 
 logger = logging.getLogger(__name__)
@@ -44,11 +52,46 @@ _LINE_ENDS: Final = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """What all pieces of one answer have in common; `created_s` in seconds since 1970."""
+    """What all pieces of one answer have in common; `created_s` in seconds since 1970.
+
+    The `service_tier` is told where one was asked for.
+    """
 
     id: str
     model: str
     created_s: int
+    service_tier: str | None = None
+
+    def around(self, kind: str, choices: Sequence[Mapping[str, object]]) -> dict[str, object]:
+        """The object of this kind with these choices, without its usage."""
+        content: dict[str, object] = {
+            "id": self.id,
+            "object": kind,
+            "created": self.created_s,
+            "model": self.model,
+            "choices": choices,
+        }
+        if self.service_tier is not None:
+            content["service_tier"] = self.service_tier
+        return content
+
+
+class Shape(Protocol):
+    """How one endpoint words the choices of one answer."""
+
+    @property
+    def whole_kind(self) -> str:
+        """The `object` of a whole answer."""
+
+    @property
+    def chunk_kind(self) -> str:
+        """The `object` of a piece of a streamed one."""
+
+    def whole(self, index: int, deltas: Sequence[Delta]) -> dict[str, object]:
+        """A choice of which these are all the deltas. Asked of each, in the order of indices."""
+
+    def pieces(self, delta: Delta) -> Iterator[dict[str, object]]:
+        """What is sent now that the delta has come; each piece is one choice of a chunk."""
 
 
 class Answer:
@@ -58,18 +101,18 @@ class Answer:
         self,
         prompt: PromptUsage,
         deltas: AsyncGenerator[Delta, None],
+        shape: Shape,
         *,
         media: MediaUsage | None = None,
         num_choices: int = 1,
-        has_logprobs: bool = False,
     ) -> None:
+        self.shape = shape
         self._prompt = prompt
         self._media = media
         self._deltas = deltas
         self._completion_tokens = 0
         self._cached_tokens = 0
         self.num_choices = num_choices
-        self.has_logprobs = has_logprobs
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """All pieces of all choices. Raises a ServerError where one has not come to its end."""
@@ -89,16 +132,6 @@ class Answer:
         if num_running:
             raise ServerError()
 
-    def logprobs(self, chances: Iterable[TokenChance]) -> dict[str, object] | None:
-        """OpenAI's object; None where none were asked for."""
-        if not self.has_logprobs:
-            return None
-        content = [
-            _chance(chance) | {"top_logprobs": [_chance(each) for each in chance.top]}
-            for chance in chances
-        ]
-        return {"content": content, "refusal": None}
-
     def usage(self) -> dict[str, object]:
         """OpenAI's object; `media` is ours, where there are any."""
         usage: dict[str, object] = {
@@ -117,91 +150,52 @@ class Answer:
         return usage
 
 
-def _chance(chance: TokenChance) -> dict[str, object]:
-    return {
-        "token": chance.text,
-        "logprob": max(chance.logprob, LEAST_LOGPROB),
-        "bytes": list(chance.text_bytes),
-    }
-
-
 Begin = Callable[[], Awaitable[Answer]]
 """Prepares and admits the request, or raises a ServerError."""
 
 
 async def collect(begin: Begin, envelope: Envelope) -> dict[str, object]:
-    """The whole answer as one chat completion."""
+    """The whole answer as one object."""
     answer = await begin()
     choices: list[list[Delta]] = [[] for _ in range(answer.num_choices)]
     async with contextlib.aclosing(answer.deltas()) as deltas:
         async for delta in deltas:
             choices[delta.choice].append(delta)
-    return {
-        "id": envelope.id,
-        "object": "chat.completion",
-        "created": envelope.created_s,
-        "model": envelope.model,
-        "choices": [
-            {
-                "index": index,
-                "message": {
-                    "role": "assistant",
-                    "content": "".join(delta.text for delta in pieces),
-                    "refusal": None,
-                },
-                "logprobs": answer.logprobs(chance for delta in pieces for chance in delta.chances),
-                "finish_reason": pieces[-1].finish_reason,
-            }
-            for index, pieces in enumerate(choices)
-        ],
-        "usage": answer.usage(),
-    }
+    shape = answer.shape
+    worded = [shape.whole(index, of_choice) for index, of_choice in enumerate(choices)]
+    return envelope.around(shape.whole_kind, worded) | {"usage": answer.usage()}
+
+
+async def collect_in_time(
+    begin: Begin, envelope: Envelope, *, receive: Receive, deadline_s: float
+) -> dict[str, object]:
+    """`collect`; RequestTimeout at the deadline, ClientGone where the client leaves before."""
+    try:
+        async with asyncio.timeout_at(deadline_s) as deadline:
+            return await until_client_leaves(receive, collect(begin, envelope))
+    except TimeoutError:
+        if deadline.expired():
+            raise RequestTimeout() from None
+        raise
 
 
 async def sse_frames(
     begin: Begin, envelope: Envelope, *, include_usage: bool
 ) -> AsyncGenerator[bytes, None]:
-    """The answer as chat completion chunks, `[DONE]` included; a choice's first gives its role."""
+    """The answer in chunks, `[DONE]` included."""
     answer = await begin()
-    silent = set(range(answer.num_choices))  # the choices that have sent nothing yet
+    shape = answer.shape
 
-    def chunk(
-        index: int,
-        content: dict[str, str],
-        logprobs: dict[str, object] | None = None,
-        finish_reason: FinishReason | None = None,
-    ) -> bytes:
-        choice = {
-            "index": index,
-            "delta": content,
-            "logprobs": logprobs,
-            "finish_reason": finish_reason,
-        }
-        return frame([choice], usage=None)
-
-    def frame(choices: list[dict[str, Any]], *, usage: dict[str, object] | None) -> bytes:
-        content: dict[str, object] = {
-            "id": envelope.id,
-            "object": "chat.completion.chunk",
-            "created": envelope.created_s,
-            "model": envelope.model,
-            "choices": choices,
-        }
+    def frame(choices: list[dict[str, object]], *, usage: dict[str, object] | None) -> bytes:
+        content = envelope.around(shape.chunk_kind, choices)
         if include_usage:
             content["usage"] = usage
         return data_frame(to_json(content))
 
     async with contextlib.aclosing(answer.deltas()) as deltas:
         async for delta in deltas:
-            if delta.choice in silent:
-                silent.discard(delta.choice)
-                yield chunk(delta.choice, {"role": "assistant", "content": ""})
-            logprobs = answer.logprobs(delta.chances) if delta.chances else None
-            if delta.text:
-                yield chunk(delta.choice, {"content": delta.text}, logprobs)
-                logprobs = None
-            if delta.finish_reason is not None:
-                yield chunk(delta.choice, {}, logprobs, delta.finish_reason)
+            for piece in shape.pieces(delta):
+                yield frame([piece], usage=None)
     if include_usage:
         yield frame([], usage=answer.usage())
     yield DONE

@@ -1,4 +1,4 @@
-"""From a chat request to what the engine is asked for.
+"""From a request to what the engine is asked for.
 
 `Preparer.prepare` parses the messages, renders and encodes the prompt, reads the media, and puts
 as many placeholder ids into the prompt as the media have features. It knows no HTTP and no
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, field
 from functools import partial
@@ -36,9 +36,19 @@ from server.core import (
     Tiles,
     VisionSpec,
 )
-from server.errors import InvalidPrompt, InvalidRequest, PromptTooLong, UnsupportedParameter
+from server.errors import (
+    InvalidPrompt,
+    InvalidRequest,
+    InvalidType,
+    PromptTooLong,
+    Unavailable,
+    UnsupportedParameter,
+)
 
 MAX_BYTES_PER_CONTEXT_TOKEN = 16
+
+MAX_ENCODES_WAITING = 256
+"""Prompts that may wait for the thread that encodes them."""
 
 _T = TypeVar("_T")
 
@@ -59,10 +69,22 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class ChatRequest:
-    """A chat request whose scalar fields are in range; `messages` is as the client sent it.
+class RawPrompt:
+    """A prompt without a template, as the client sent it: text, or what should be a list of ids.
 
-    None means that the client said nothing. `stop` holds at most 4 non-empty strings.
+    `param` is its place in the request.
+    """
+
+    content: str | Sequence[object]
+    param: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """A request whose scalar fields are in range; `messages` is as the client sent it.
+
+    None means that the client said nothing. `stop` holds at most 4 non-empty strings. A `prompt`
+    stands in place of the messages, of which there are none then.
     """
 
     messages: Sequence[object]
@@ -82,9 +104,11 @@ class ChatRequest:
     ignore_eos: bool = False
     num_choices: int = 1
     num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
     priority: int = 0
     media_options: MediaOptions = NO_OPTIONS
     visual_token_budget: int | None = None
+    prompt: RawPrompt | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +170,12 @@ class Preparer:
         self._limits = limits
         self._media = media
         self._prompt_pool = ThreadPoolExecutor(1, thread_name_prefix="prompt")
+        self._num_encoding = 0
+
+    @property
+    def named_special_tokens(self) -> Mapping[str, str]:
+        """The special tokens by what they are for (`eos_token`), as the checkpoint names them."""
+        return self._template.named_special_tokens
 
     def close(self) -> None:
         """Drop what waits for the thread; what runs ends by itself."""
@@ -160,11 +190,15 @@ class Preparer:
         attachments: Attachments | None = None,
     ) -> Prepared:
         """Everything that can be found wrong with a request before it is admitted is found here."""
-        messages = parse_messages(request.messages, self._limits)
-        self._check_text_bytes(messages)
-        prompt = await self._prompt(messages, request, tenant=tenant, attachments=attachments)
+        param = "messages" if request.prompt is None else request.prompt.param
+        if request.prompt is None:
+            messages = parse_messages(request.messages, self._limits)
+            self._check_text_bytes(messages)
+            prompt = await self._prompt(messages, request, tenant=tenant, attachments=attachments)
+        else:
+            prompt = _Prompt(tuple(await self.encode_raw(request.prompt)))
         num_prompt_tokens = len(prompt.ids)
-        max_tokens = self._check_context(num_prompt_tokens, request.max_tokens)
+        max_tokens = self._check_context(num_prompt_tokens, request.max_tokens, param=param)
         media = prompt.media
         return Prepared(
             request=GenerationRequest(
@@ -186,6 +220,63 @@ class Preparer:
             ),
             reports=prompt.reports,
         )
+
+    async def encode_raw(self, prompt: RawPrompt, *, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a prompt without a template, however many: text as ordinary text.
+
+        What the tokenizer's own rules put around a text is there with `add_special_tokens`; ids
+        are as they are. InvalidRequest where an id is none, or stands for a medium.
+        """
+        content = prompt.content
+        if not isinstance(content, str):
+            ids = await self.check_ids(content, prompt.param)
+            _refuse_placeholders(ids, prompt.param, self.facts.vision)
+            return ids
+        self._check_bytes(len(content.encode("utf-8")), prompt.param)
+        tokenizer = self.tokenizer
+        encode = tokenizer.encode_prompt if add_special_tokens else tokenizer.encode_text
+        return await self._in_thread(partial(encode, content))
+
+    async def encode_messages(self, messages: Sequence[object]) -> list[int]:
+        """The ids of a conversation without media, however many."""
+        parsed = parse_messages(messages, self._limits)
+        self._check_text_bytes(parsed)
+        media = _media_of(parsed)
+        if media:
+            raise UnsupportedParameter(
+                f"Only text can be tokenised here, no {media[0].kind}s.", param=media[0].path
+            )
+        return await self._in_thread(partial(self._template.encode, parsed))
+
+    async def check_ids(self, ids: Sequence[object], param: str) -> list[int]:
+        """The same, each the id of a token; else InvalidRequest or InvalidType."""
+        return await self._in_thread(partial(self._checked_ids, ids, param))
+
+    def _checked_ids(self, ids: Sequence[object], param: str) -> list[int]:
+        checked: list[int] = []
+        for index, value in enumerate(ids):
+            path = f"{param}[{index}]"
+            if isinstance(value, float) and value.is_integer():
+                value = int(value)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise InvalidType(f"{path} must be an integer: the id of a token.", param=path)
+            if not self.tokenizer.has_token(value):
+                raise InvalidRequest(
+                    f"{path} is {value}, which is the id of no token: they are below "
+                    f"{self.tokenizer.size}.",
+                    param=path,
+                )
+            checked.append(value)
+        return checked
+
+    async def _in_thread(self, encode: Callable[[], list[int]]) -> list[int]:
+        if self._num_encoding > MAX_ENCODES_WAITING:
+            raise Unavailable(shortage="encodes")
+        self._num_encoding += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._prompt_pool, encode)
+        finally:
+            self._num_encoding -= 1
 
     async def _prompt(
         self,
@@ -239,41 +330,45 @@ class Preparer:
 
     async def _encode(self, messages: Sequence[Message], request: ChatRequest) -> list[int]:
         """The prompt's ids with one placeholder for each medium."""
-        encode = partial(self._template.encode, messages)
-        ids = await asyncio.get_running_loop().run_in_executor(self._prompt_pool, encode)
-        self._check_context(len(ids), request.max_tokens)
+        ids = await self._in_thread(partial(self._template.encode, messages))
+        self._check_context(len(ids), request.max_tokens, param="messages")
         return ids
 
     def _check_text_bytes(self, messages: Sequence[Message]) -> None:
         """Refuse text that cannot fit whatever it says, without encoding it."""
-        limit = MAX_BYTES_PER_CONTEXT_TOKEN * self.facts.context_length
         num_bytes = 0
         for index, message in enumerate(messages):
             hints = (text for part in message.media for text in astuple(part.hints))
             num_bytes += sum(len(text.encode("utf-8")) for text in (*message.texts, *hints))
-            if num_bytes > limit:
-                raise PromptTooLong(
-                    f"The model's context is {self.facts.context_length} tokens; the text of the "
-                    f"messages has more than {limit} bytes and cannot fit.",
-                    param=f"messages[{index}].content",
-                )
+            self._check_bytes(num_bytes, f"messages[{index}].content")
 
-    def _check_context(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
+    def _check_bytes(self, num_bytes: int, param: str) -> None:
+        limit = MAX_BYTES_PER_CONTEXT_TOKEN * self.facts.context_length
+        if num_bytes > limit:
+            raise PromptTooLong(
+                f"The model's context is {self.facts.context_length} tokens; the text has more "
+                f"than {limit} bytes and cannot fit.",
+                param=param,
+            )
+
+    def _check_context(self, num_prompt_tokens: int, max_tokens: int | None, *, param: str) -> int:
         """How many tokens the answer may have."""
+        if not num_prompt_tokens:
+            raise InvalidRequest(f"{param} must not be empty.", param=param)
         context = self.facts.context_length
         if num_prompt_tokens >= context:
             raise PromptTooLong(
-                f"The model's context is {context} tokens; the messages alone take "
-                f"{num_prompt_tokens} and leave no room for an answer.",
-                param="messages",
+                f"The model's context is {context} tokens; the prompt alone takes "
+                f"{num_prompt_tokens} and leaves no room for an answer.",
+                param=param,
             )
         if max_tokens is None:
             return context - num_prompt_tokens
         if num_prompt_tokens + max_tokens > context:
             raise PromptTooLong(
-                f"The model's context is {context} tokens; {num_prompt_tokens} in the messages "
+                f"The model's context is {context} tokens; {num_prompt_tokens} in the prompt "
                 f"and {max_tokens} for the answer are {num_prompt_tokens + max_tokens}.",
-                param="messages",
+                param=param,
             )
         return max_tokens
 
@@ -306,7 +401,18 @@ class Preparer:
             seed=request.seed,
             stop_token_ids=tuple(dict.fromkeys(ends)),
             num_logprobs=request.num_logprobs,
+            num_prompt_logprobs=request.num_prompt_logprobs,
         )
+
+
+def _refuse_placeholders(ids: Sequence[int], param: str, spec: VisionSpec | None) -> None:
+    placeholders = () if spec is None else (spec.image_token_id, spec.video_token_id)
+    for index, token_id in enumerate(ids):
+        if token_id in placeholders:
+            raise InvalidRequest(
+                f"{param}[{index}] is {token_id}, an id that stands for a picture or video.",
+                param=f"{param}[{index}]",
+            )
 
 
 def _media_of(messages: Sequence[Message]) -> list[MediaPart]:

@@ -127,7 +127,7 @@ class _Way:
 
 
 class ChatTemplate:
-    """The prompts of one checkpoint.
+    """The prompts of one checkpoint, and its special tokens by what they are for.
 
     `encode` gives the ids of a conversation, ending where the assistant is to speak. `notes` says,
     for the operator, where the documented layout stands in for the checkpoint's own template.
@@ -142,12 +142,13 @@ class ChatTemplate:
         vision: VisionSpec | None = None,
         special_tokens: Mapping[str, str] | None = None,
     ) -> None:
+        self.named_special_tokens = dict(special_tokens or {})
         self._tokenizer = tokenizer
         self._disguise = Disguise(tokenizer)
         # Only the sandboxed renderer is wanted of it; the vocabulary stays with our Tokenizer.
         self._renderer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
             tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE()),
-            **dict(special_tokens or {}),
+            **self.named_special_tokens,
         )
         self._placeholders = _placeholders(tokenizer, vision)
 

@@ -40,8 +40,10 @@ class Delta:
 
     `num_tokens` counts the tokens generated since the choice's delta before, ends included, so that
     the sum over all deltas is the usage; `num_cached_tokens` likewise, of the prompt's that were
-    not computed again. One delta has the `encode_times_s` of the prompt's media. `chances` are of
-    the tokens whose text is complete with this piece.
+    not computed again. One delta has the `encode_times_s` of the prompt's media, and, where they
+    were asked for, the `prompt_chances` of its ids, None where nothing is told of one. `chances`
+    are of the tokens whose text is complete with this piece, and `starts` where each begins in the
+    choice's text, in characters.
     """
 
     text: str
@@ -51,6 +53,8 @@ class Delta:
     encode_times_s: tuple[float, ...] = ()
     choice: int = 0
     chances: tuple[TokenChance, ...] = ()
+    starts: tuple[int, ...] = ()
+    prompt_chances: tuple[TokenChance | None, ...] | None = None
 
 
 class TokenStream(Protocol):
@@ -75,7 +79,8 @@ class Tokenizer:
     """One checkpoint's vocabulary.
 
     `special` maps each added-token string, and each of the `reserved_ids`, to its id. None of
-    these ids ever comes out of `encode_text`, whatever the text says.
+    these ids ever comes out of `encode_text`, whatever the text says. The `size` is one more than
+    the largest id.
     """
 
     def __init__(self, text: str, *, reserved_ids: Collection[int] = ()) -> None:
@@ -92,6 +97,7 @@ class Tokenizer:
 
         tokens_by_id = {token_id: token for token, token_id in vocabulary.items()}
         self._token_bytes = _token_bytes(tokens_by_id, added)
+        self.size = max(self._token_bytes, default=-1) + 1
         self.special: dict[str, int] = {token["content"]: token["id"] for token in added}
         for token_id in reserved_ids:
             if token_id not in self.special.values():
@@ -121,6 +127,17 @@ class Tokenizer:
         """The ids of ordinary text; special-token strings in it are spelled out."""
         return list(self._without_special.encode(text, add_special_tokens=False).ids)
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a whole prompt of ordinary text.
+
+        As `encode_text`, with the beginning or ending that the file's own rules (its
+        post-processor) put around a text.
+        """
+        return list(self._without_special.encode(text, add_special_tokens=True).ids)
+
+    def has_token(self, token_id: int) -> bool:
+        return token_id in self._token_bytes
+
     def token_of(self, token_id: int) -> str | None:
         """The special-token string with this id."""
         return next((token for token, known in self.special.items() if known == token_id), None)
@@ -133,6 +150,15 @@ class Tokenizer:
         """Log-probabilities of ids as they are shown; a special token by its name."""
         top = (self._chance(token_id, logprob) for token_id, logprob in logprobs.top)
         return self._chance(logprobs.token_id, logprobs.logprob, tuple(top))
+
+    def starts_of(self, token_ids: Sequence[int]) -> list[int]:
+        """Where each token begins in the text of all of them (`decode`), in characters."""
+        detokenizer = Detokenizer(self)
+        starts = []
+        for token_id in token_ids:
+            starts.append(detokenizer.num_decoded)
+            detokenizer.push(token_id)
+        return starts
 
     def _chance(
         self, token_id: int, logprob: float, top: tuple[TokenChance, ...] = ()
@@ -167,7 +193,7 @@ def _token_bytes(tokens_by_id: Mapping[int, str], added: list[dict[str, Any]]) -
 
 
 def _without_special(data: dict[str, Any], special_ids: Collection[int]) -> tokenizers.Tokenizer:
-    """The same tokenizer, unable to produce a special id.
+    """The same tokenizer, unable to produce a special id but by its own post-processor.
 
     Some vocabularies list special tokens as ordinary entries too, so they go from there as well,
     with every merge that would make or use one.
@@ -194,7 +220,6 @@ def _without_special(data: dict[str, Any], special_ids: Collection[int]) -> toke
         "added_tokens": [],
         "truncation": None,
         "padding": None,
-        "post_processor": None,
         "model": model | {"vocab": vocabulary, "merges": merges, "dropout": None},
     }
     try:
@@ -267,13 +292,17 @@ class _Choice:
     with that character.
     """
 
-    def __init__(self, number: int, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+    def __init__(
+        self, number: int, tokenizer: Tokenizer, stop: Sequence[str], *, tells_end: bool
+    ) -> None:
         self._number = number
+        self._tells_end = tells_end
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, stop)
         self._num_tokens = 0
         self._num_cached_tokens = 0
         self._encode_times_s: tuple[float, ...] = ()
+        self._prompt_chances: tuple[TokenChance | None, ...] | None = None
         self._shown = 0
         self._held_chances: deque[tuple[int, int, TokenChance]] = deque()  # start, end, chance
         self.num_generated = 0
@@ -282,6 +311,11 @@ class _Choice:
         """The delta that an event completes, if any; after the last one nothing may be taken."""
         self._num_cached_tokens += event.num_cached_tokens
         self._encode_times_s += event.encode_times_s
+        if event.prompt_logprobs is not None:
+            told = event.prompt_logprobs
+            self._prompt_chances = tuple(
+                None if each is None else self._tokenizer.chance_of(each) for each in told
+            )
         text = ""
         if event.token_id is not None:
             self._num_tokens += 1
@@ -289,6 +323,9 @@ class _Choice:
             # The token that ends an answer is no part of its text, even an ordinary one.
             if event.finish_reason != "stop":
                 text = self._push(event, may_stop=self.num_generated > min_tokens)
+            elif self._tells_end and event.logprobs is not None:
+                at = self._detokenizer.num_decoded
+                self._held_chances.append((at, at, self._tokenizer.chance_of(event.logprobs)))
         if self._detokenizer.is_stopped:
             return self._delta(text, "stop")
         if event.finish_reason is not None:
@@ -306,7 +343,7 @@ class _Choice:
 
     def _delta(self, text: str, reason: FinishReason | None) -> Delta:
         self._shown += len(text)
-        chances = []
+        chances, starts = [], []
         while self._held_chances:
             start, end, chance = self._held_chances[0]
             # Of what a stop string cuts, the tokens that begin behind the cut are not shown.
@@ -315,6 +352,7 @@ class _Choice:
                 break
             self._held_chances.popleft()
             chances.append(chance)
+            starts.append(start)
         delta = Delta(
             text,
             reason,
@@ -323,9 +361,12 @@ class _Choice:
             self._encode_times_s,
             self._number,
             tuple(chances),
+            tuple(starts),
+            self._prompt_chances,
         )
         self._num_tokens = self._num_cached_tokens = 0
         self._encode_times_s = ()
+        self._prompt_chances = None
         return delta
 
     def _is_kept(self, start: int) -> bool:
@@ -339,13 +380,19 @@ async def detokenize(
     stop: Sequence[str] = (),
     min_tokens: int = 0,
     num_choices: int = 1,
+    tells_end: bool = False,
 ) -> AsyncGenerator[Delta, None]:
     """The choices' texts as they become certain; each whole answer is the sum of its deltas.
+
+    With `tells_end` the chance of the token that ends an answer is told too.
 
     A stop string closes its choice, which aborts it; one within the first `min_tokens` is text. An
     error event is raised as the `ServerError` of its code.
     """
-    choices = {number: _Choice(number, tokenizer, stop) for number in range(num_choices)}
+    choices = {
+        number: _Choice(number, tokenizer, stop, tells_end=tells_end)
+        for number in range(num_choices)
+    }
     try:
         async for event in stream:
             if event.finish_reason == "error":

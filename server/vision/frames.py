@@ -70,6 +70,11 @@ def frame_queries(num_frames: int, spec: VisionSpec) -> tuple[int, ...]:
     return tuple(slow if index % per_canvas == 0 else fast for index in range(num_frames))
 
 
+def video_token_range(spec: VisionSpec) -> tuple[int, int]:
+    """The least and the most tokens of a video: of one frame, and of as many as are looked at."""
+    return sum(frame_queries(1, spec)), sum(frame_queries(spec.max_frames, spec))
+
+
 def video_tiles(frames: Sequence[Image.Image], spec: VisionSpec) -> tuple[VisionInput, Tiles]:
     """One tile a frame, letterboxed, in time order; `frames` are RGB, at most `spec.max_frames`."""
     tiles = np.stack([np.asarray(_fitted(frame, spec)) for frame in frames])

@@ -77,6 +77,19 @@ def max_tiles(spec: VisionSpec, *, detail: Detail = "high", max_grids: int | Non
     return 1 + max((_num_grids(c, spec) for c in _candidates(spec, max_grids)), default=0)
 
 
+def image_token_range(spec: VisionSpec) -> tuple[int, int]:
+    """The least and the most tokens of a picture.
+
+    The least is its thumbnail alone, the most one that fills the most expensive grid exactly.
+    """
+    largest = [
+        image_layout((width, height), spec).num_tokens
+        for height, width in spec.candidate_resolutions
+    ]
+    least = image_layout((1, 1), spec, detail="low").num_tokens
+    return least, max([least, *largest])
+
+
 def _candidates(spec: VisionSpec, max_grids: int | None) -> tuple[tuple[int, int], ...]:
     if max_grids is None:
         return spec.candidate_resolutions

@@ -117,6 +117,15 @@ def test_the_whole_text_arrives_unchanged(serve: Serve) -> None:
         assert body["choices"][0]["message"]["content"] == answer
 
 
+def test_the_service_tier_is_told_to_whom_asks_for_one(server: Server) -> None:
+    hints = {"metadata": {"a": "b"}, "store": False, "prompt_cache_key": "k"}
+    asked = chat(service_tier="auto", **hints)
+    assert server.http.post(URL, json=asked).json()["service_tier"] == "default"
+    events = events_of(server.http.post(URL, json=asked | {"stream": True}))
+    assert {event["service_tier"] for event in events} == {"default"}
+    assert "service_tier" not in server.http.post(URL, json=chat(**hints)).json()
+
+
 def test_hangul_is_sent_as_itself(serve: Serve) -> None:
     server = serve(engine=FakeEngine([*"원".encode(), END]))
     for stream in (True, False):

@@ -258,6 +258,31 @@ def test_user_is_a_short_hint() -> None:
     assert refusal(user="원" * 171) == ("string_above_max_length", "user")
 
 
+def test_hints_are_accepted_within_their_limits() -> None:
+    for name in ("safety_identifier", "prompt_cache_key"):
+        parse(**{name: "u" * 512})
+        assert refusal(**{name: "원" * 171}) == ("string_above_max_length", name)
+        assert refusal(**{name: 1}) == ("invalid_type", name)
+    parse(metadata={f"{number:064d}": "v" * 512 for number in range(16)})
+    for metadata, code, param in (
+        ({str(number): "" for number in range(17)}, "array_above_max_length", "metadata"),
+        ({"k" * 65: "v"}, "string_above_max_length", "metadata"),
+        ({"k": "v" * 513}, "string_above_max_length", "metadata.k"),
+        ({"k": 1}, "invalid_type", "metadata.k"),
+        (["k"], "invalid_type", "metadata"),
+    ):
+        assert refusal(metadata=metadata) == (code, param)
+
+
+def test_there_is_one_service_tier() -> None:
+    assert parse().answered_tier is None
+    for tier in ("auto", "default"):
+        assert parse(service_tier=tier).answered_tier == "default"
+    for tier in ("flex", "priority", "scale", ""):
+        assert refusal(service_tier=tier) == ("unsupported_parameter", "service_tier")
+    assert refusal(service_tier=1) == ("invalid_type", "service_tier")
+
+
 def test_fields_nobody_knows_are_counted_or_refused() -> None:
     body = LEAST | {"frobnicate": 1, "flux\n": None}
     assert parse_chat_request(body, is_strict=False).num_unknown == 2

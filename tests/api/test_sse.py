@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from server.api.chat import ChatShape
 from server.api.middleware import ClientGone
 from server.api.sse import DONE, Answer, Envelope, EventStream, collect, data_frame, sse_frames
 from server.chat.prepare import PromptUsage
@@ -23,7 +24,7 @@ def answer_of(*deltas: Delta, told: bool = False) -> Answer:
         for delta in deltas:
             yield delta
 
-    return Answer(USAGE, generated(), has_logprobs=told)
+    return Answer(USAGE, generated(), ChatShape(has_logprobs=told))
 
 
 async def frames_of(*deltas: Delta, include_usage: bool = False) -> list[bytes]:
@@ -96,7 +97,7 @@ async def test_an_answer_of_which_a_choice_is_missing_is_an_error() -> None:
         yield Delta("a", "stop", 1, choice=1)
 
     async def begin() -> Answer:
-        return Answer(USAGE, generated(), num_choices=2)
+        return Answer(USAGE, generated(), ChatShape(has_logprobs=False), num_choices=2)
 
     with pytest.raises(ServerError):
         await collect(begin, ENVELOPE)

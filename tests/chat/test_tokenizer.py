@@ -428,3 +428,41 @@ async def test_error_events_are_raised(
         await collect(stream, tokenizer)
     assert type(caught.value) is error
     assert stream.is_closed
+
+
+def test_a_prompt_begins_as_the_tokenizers_own_rules_say(description: dict[str, Any]) -> None:
+    """And ordinary text never does, wherever it stands."""
+    end = next(each for each in description["added_tokens"] if each["content"] == "<|endoftext|>")
+    beginning = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {
+            "<|endoftext|>": {
+                "id": "<|endoftext|>",
+                "ids": [end["id"]],
+                "tokens": ["<|endoftext|>"],
+            }
+        },
+    }
+    for text in ("안녕 a", "", "<|endoftext|>"):
+        with_rule = Tokenizer(json.dumps(description | {"post_processor": beginning}))
+        plain = Tokenizer(json.dumps(description)).encode_text(text)
+        assert with_rule.encode_text(text) == plain
+        assert with_rule.encode_prompt(text) == [end["id"], *plain]
+        assert Tokenizer(json.dumps(description)).encode_prompt(text) == plain
+
+
+def test_tokens_begin_where_their_text_does(tokenizer: Tokenizer) -> None:
+    text = "원 a👩 b"
+    ids = tokenizer.encode_text(text)
+    starts = tokenizer.starts_of(ids)
+    assert starts[0] == 0 and starts == sorted(starts)
+    for index, start in enumerate(starts):
+        before = b"".join(map(tokenizer.token_bytes, ids[:index]))
+        assert text.startswith(before.decode("utf-8", errors="ignore"))
+        assert len(before.decode("utf-8", errors="ignore")) == start
+    assert tokenizer.starts_of([]) == []

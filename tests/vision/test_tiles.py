@@ -18,6 +18,7 @@ from server.vision.tiles import (
     fit_to_tile,
     image_layout,
     image_tiles,
+    image_token_range,
     kept_features,
     largest_resize,
     max_tiles,
@@ -340,6 +341,8 @@ def test_the_layout_is_known_before_decoding(
     assert medium.layout == layout
     assert len(tiles) == len(layout.tile_queries)
     assert len(tiles) <= max_tiles(spec, detail=detail, max_grids=max_grids)
+    least, most = image_token_range(spec)
+    assert least <= layout.num_tokens <= most
     if max_grids is not None:
         assert len(tiles) - 1 <= max_grids
     if layout.local_grid is None:

@@ -1,0 +1,128 @@
+"""POST /tokenize and /detokenize, GET /tokenizer_info: the model's tokens without the model.
+
+The shapes are vLLM's. Special tokens come from ids and templates alone: a text that spells one is
+text here too. Must not know how text is encoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from server.api.json_body import json_response, read_json_object
+from server.api.metrics import counting_refusals
+from server.api.models import check_name, context_length
+from server.chat.prepare import Preparer, RawPrompt
+from server.errors import (
+    InvalidType,
+    MissingParameter,
+    UnknownParameter,
+    UnsupportedParameter,
+    quoted,
+)
+
+TOKENIZE_FIELDS: Final = frozenset(
+    {"model", "prompt", "messages", "add_special_tokens", "add_generation_prompt"}
+)
+DETOKENIZE_FIELDS: Final = frozenset({"model", "tokens"})
+
+router = APIRouter()
+
+
+@router.post("/tokenize")
+async def tokenize(request: Request) -> Response:
+    """`{"prompt": text}` as a completion's, or `{"messages": [...]}` as a conversation's prompt."""
+    body = await _read(request, TOKENIZE_FIELDS)
+    prompt, messages = body.get("prompt"), body.get("messages")
+    if (prompt is None) == (messages is None):
+        raise MissingParameter("Either prompt or messages is required.", param="prompt")
+    preparer: Preparer = request.app.state.preparer
+    encode = _text if messages is None else _conversation
+    with counting_refusals(request.app.state.metrics):
+        ids = await encode(preparer, body)
+    max_model_len = context_length(request)
+    return json_response({"count": len(ids), "max_model_len": max_model_len, "tokens": ids})
+
+
+@router.post("/detokenize")
+async def detokenize(request: Request) -> Response:
+    """The text of `{"tokens": [...]}`, to which special tokens add nothing."""
+    body = await _read(request, DETOKENIZE_FIELDS)
+    tokens = body.get("tokens")
+    if tokens is None:
+        raise MissingParameter("tokens is required.", param="tokens")
+    if not isinstance(tokens, list):
+        raise InvalidType("tokens must be an array.", param="tokens")
+    preparer: Preparer = request.app.state.preparer
+    with counting_refusals(request.app.state.metrics):
+        ids = await preparer.check_ids(tokens, "tokens")
+    return json_response({"prompt": preparer.tokenizer.decode(ids)})
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(request: Request) -> Response:
+    preparer: Preparer = request.app.state.preparer
+    tokenizer = preparer.tokenizer
+    return json_response(
+        {
+            "tokenizer_class": "ByteLevelBPE",
+            "vocab_size": tokenizer.size,
+            "max_model_len": context_length(request),
+            "special_tokens": tokenizer.special,
+            **preparer.named_special_tokens,
+        }
+    )
+
+
+async def _text(preparer: Preparer, body: Mapping[str, Any]) -> list[int]:
+    prompt = body["prompt"]
+    if not isinstance(prompt, str):
+        raise InvalidType("prompt must be a string.", param="prompt")
+    if body.get("add_generation_prompt") is not None:
+        raise UnsupportedParameter(
+            "add_generation_prompt has a meaning only with messages.",
+            param="add_generation_prompt",
+        )
+    adds_special = _flag(body, "add_special_tokens") is not False
+    return await preparer.encode_raw(RawPrompt(prompt, "prompt"), add_special_tokens=adds_special)
+
+
+async def _conversation(preparer: Preparer, body: Mapping[str, Any]) -> list[int]:
+    messages = body["messages"]
+    if not isinstance(messages, list):
+        raise InvalidType("messages must be an array.", param="messages")
+    if _flag(body, "add_special_tokens"):
+        raise UnsupportedParameter(
+            "add_special_tokens has no meaning with messages: their template has them.",
+            param="add_special_tokens",
+        )
+    return await preparer.encode_messages(messages)
+
+
+async def _read(request: Request, known: frozenset[str]) -> dict[str, Any]:
+    """The body; with a `model` only one that is served, and nothing that would be ignored."""
+    body = await read_json_object(request)
+    for name in body:
+        if name not in known:
+            raise UnknownParameter(f"Unknown parameter {quoted(name)}.", param=name[:64])
+    model = body.get("model")
+    if model is not None:
+        if not isinstance(model, str):
+            raise InvalidType("model must be a string.", param="model")
+        check_name(request.app.state.model, model)
+    if _flag(body, "add_generation_prompt") is False:
+        raise UnsupportedParameter(
+            "add_generation_prompt false is not supported by this server.",
+            param="add_generation_prompt",
+        )
+    return body
+
+
+def _flag(body: Mapping[str, Any], name: str) -> bool | None:
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise InvalidType(f"{name} must be true or false.", param=name)
+    return value
