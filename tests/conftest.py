@@ -90,8 +90,8 @@ class TextPreparer:
             raise
         if self.error is not None:
             raise self.error
-        message: Any = request.messages[-1]
-        ids = tuple(message["content"].encode())
+        text: Any = request.prompt.content if request.prompt else request.messages[-1]["content"]  # type: ignore[index]
+        ids = tuple(text.encode())
         sampling = SamplingParams(
             max_tokens=request.max_tokens or 1000,
             temperature=1.0 if request.temperature is None else request.temperature,

@@ -402,3 +402,14 @@ def test_a_request_counts_while_it_is_in_progress(serve: Serve, leaves: bool) ->
                 server.call(gate.release)
             assert stream.read().rstrip().endswith(b"data: [DONE]")
     until(lambda: server.http.get("/v1/models", headers=bearer(TIGHT)).status_code == 200)
+
+
+def test_raw_prompts_are_charged_too(serve: Serve) -> None:
+    server = serve(http=limits(tokens_per_minute=60))
+    body = {"model": MODEL, "prompt": ["x" * 20, "y" * 20]}
+    answer = server.http.post("/v1/completions", json=body, headers=bearer(TIGHT))
+    assert answer.status_code == 200, answer.text
+    used = answer.json()["usage"]["total_tokens"]
+    assert used > 40
+    refused = server.http.post("/v1/completions", json=body, headers=bearer(TIGHT))
+    assert_error(refused, 429, "rate_limit_exceeded")
