@@ -40,6 +40,7 @@ from server.core import VisionLayout, VisionSpec
 from server.decoding.pool import DecoderPool
 from server.engine.client import Engine, EngineClient, EngineFacts
 from server.errors import CheckpointError, ConfigError
+from server.grammar.prover import Prover
 from server.hub import find_checkpoint, is_hub_name
 from server.media.fetch import Fetcher
 from server.media.store import FileStore
@@ -275,8 +276,14 @@ def _serve(config: Config, listener: socket.socket, admin_listener: socket.socke
         )
         facts = _model_facts(info, context_length)
         media_reader = _media_reader(config.media, info.vision, files)
+        prover = Prover(info.path)
         preparer = Preparer(
-            tokenizer, template, facts=facts, limits=config.media, media=media_reader
+            tokenizer,
+            template,
+            facts=facts,
+            limits=config.media,
+            media=media_reader,
+            prover=prover,
         )
         app = build_app(
             config.http,
@@ -288,6 +295,7 @@ def _serve(config: Config, listener: socket.socket, admin_listener: socket.socke
             media=config.media,
             media_reader=media_reader,
             files=files,
+            prover=prover,
         )
         server = uvicorn.Server(_uvicorn_config(app, config.http, has_lifespan=True))
         app.state.lifecycle.count_connections = lambda: len(server.server_state.connections)

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from server.chat.grammar import parse_constraint
 from server.chat.options import parse_request_options
 from server.chat.prepare import ChatRequest
 from server.errors import (
@@ -54,7 +55,6 @@ UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
     "prompt_cache_options": (),
     "prompt_cache_retention": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "safety_identifier": ("",),
     "service_tier": ("auto", "default"),
     "store": (False,),
@@ -98,7 +98,6 @@ UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True, False),
     "structural_tag": (),
-    "structured_outputs": (),
     "thinking_token_budget": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
@@ -204,6 +203,8 @@ class ChatCompletionRequest(BaseModel):
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
     user: Text | None = None
+    response_format: Any = None
+    structured_outputs: Any = None
     media_options: Any = None
 
     @property
@@ -235,6 +236,7 @@ class ChatCompletionRequest(BaseModel):
             visual_token_budget=token_budget,
             num_choices=self.n or 1,
             num_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            constraint=parse_constraint(self.response_format, self.structured_outputs),
         )
 
 

@@ -15,6 +15,7 @@ from dataclasses import astuple, dataclass, field
 from functools import partial
 from typing import TypeVar, get_args
 
+from server.chat.grammar import Constraint
 from server.chat.media import Attachments, LeftOut, MediaReader, MediaReport, Medium
 from server.chat.options import NO_OPTIONS, MediaOptions, check_limits
 from server.chat.parts import (
@@ -37,6 +38,7 @@ from server.core import (
     VisionSpec,
 )
 from server.errors import InvalidPrompt, InvalidRequest, PromptTooLong, UnsupportedParameter
+from server.grammar.prover import Prover
 
 MAX_BYTES_PER_CONTEXT_TOKEN = 16
 
@@ -82,6 +84,7 @@ class ChatRequest:
     ignore_eos: bool = False
     num_choices: int = 1
     num_logprobs: int | None = None
+    constraint: Constraint | None = None
     priority: int = 0
     media_options: MediaOptions = NO_OPTIONS
     visual_token_budget: int | None = None
@@ -138,6 +141,7 @@ class Preparer:
         facts: ModelFacts,
         limits: MediaConfig,
         media: MediaReader | None,
+        prover: Prover,
     ) -> None:
         """`media` is None exactly for a text-only model."""
         self.facts = facts
@@ -145,6 +149,7 @@ class Preparer:
         self._template = template
         self._limits = limits
         self._media = media
+        self._prover = prover
         self._prompt_pool = ThreadPoolExecutor(1, thread_name_prefix="prompt")
 
     def close(self) -> None:
@@ -162,6 +167,7 @@ class Preparer:
         """Everything that can be found wrong with a request before it is admitted is found here."""
         messages = parse_messages(request.messages, self._limits)
         self._check_text_bytes(messages)
+        grammar = await self._grammar(request)
         prompt = await self._prompt(messages, request, tenant=tenant, attachments=attachments)
         num_prompt_tokens = len(prompt.ids)
         max_tokens = self._check_context(num_prompt_tokens, request.max_tokens)
@@ -175,6 +181,7 @@ class Preparer:
                 vision=tuple(medium.vision for medium in media),
                 vision_starts=prompt.starts,
                 num_choices=request.num_choices,
+                grammar=grammar,
                 priority=request.priority,
             ),
             tiles=tuple(medium.tiles for medium in media),
@@ -186,6 +193,19 @@ class Preparer:
             ),
             reports=prompt.reports,
         )
+
+    async def _grammar(self, request: ChatRequest) -> str | None:
+        """That of the request, proved."""
+        constraint = request.constraint
+        if constraint is None:
+            return None
+        if request.ignore_eos and not request.stop_token_ids:
+            raise InvalidRequest(
+                f"With ignore_eos nothing could end the answer that {constraint.param} asks for.",
+                param="ignore_eos",
+            )
+        await self._prover.prove(constraint.grammar, param=constraint.param)
+        return constraint.grammar
 
     async def _prompt(
         self,

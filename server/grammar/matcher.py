@@ -1,0 +1,55 @@
+"""Grammars as llguidance takes them, and its matchers over a checkpoint's vocabulary.
+
+Whoever proves a grammar and whoever matches by it does so here, under the same limits: only so does
+the proof hold. Must not know what a grammar was made from, nor who is answered.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from server.errors import CheckpointError
+
+# The library's own limits, with which a mask takes some 20 ms at worst. Its longer error texts
+# would carry the grammar.
+_LIMITS = LLParserLimits(verbose_errors=False)
+
+
+class GrammarError(Exception):
+    """A grammar that cannot be matched; the message is the library's and not for callers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The tokens of a `tokenizer.json`; `added_ids` are those that ordinary text never has."""
+
+    tokenizer: LLTokenizer
+    added_ids: frozenset[int]
+
+
+def read_vocabulary(folder: Path) -> Vocabulary:
+    """That of the checkpoint in `folder`. Takes a while where there are many tokens."""
+    try:
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        added_ids = frozenset(token["id"] for token in json.loads(text)["added_tokens"])
+        # It must be told an end. Whether an answer may end is asked of the matcher instead.
+        tokenizer = LLTokenizer(text, eos_token=min(added_ids))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError("tokenizer.json cannot be used for structured output") from error
+    return Vocabulary(tokenizer, added_ids)
+
+
+def start_matcher(vocabulary: Vocabulary, grammar: str) -> LLMatcher:
+    """A matcher that has seen nothing yet. GrammarError where there is no way to begin."""
+    matcher = LLMatcher(vocabulary.tokenizer, grammar, log_level=0, limits=_LIMITS)
+    if not matcher.is_error():
+        has_beginning = any(matcher.compute_bitmask())
+        if not has_beginning and not matcher.is_error():
+            raise GrammarError("nothing may come")
+    if matcher.is_error():
+        raise GrammarError(matcher.get_error())
+    return matcher
