@@ -111,7 +111,7 @@ class SamplingParams:
     `temperature` 0, or nearly, is greedy. `top_k` 0 and `min_p` 0 are off. `logit_bias` holds (id,
     what is added to its logit). `stop_token_ids` end the answer and are not part of its text;
     whether the model's own ends are among them was decided by `ignore_eos`. None of them is chosen
-    before the answer has `min_tokens`.
+    before the answer has `min_tokens`, unless its grammar allows nothing else.
 
     With `num_logprobs` each token comes with its log-probability and those of so many likeliest
     ones, and with `num_prompt_logprobs` each token of the prompt does. They are the model's own:

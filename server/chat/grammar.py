@@ -36,6 +36,15 @@ _JSON_OPTIONS: Final = {
     "lenient": False,
     "coerce_one_of": False,
 }
+_NOT_FOLLOWED: Final = frozenset(
+    {
+        *("$id", "$anchor", "x-guidance", "disallow", "divisibleBy", "extends"),
+        *("formatMinimum", "formatMaximum", "formatExclusiveMinimum", "formatExclusiveMaximum"),
+    }
+)
+"""Keywords that the library takes for notes, though they mean something, and its own. Those that it
+knows not to support it refuses itself; others are notes, as JSON Schema wants it."""
+
 _VALUES: Final = frozenset({"const", "default", "enum", "example", "examples"})
 """Keywords that hold values: what is in them is no schema."""
 
@@ -143,8 +152,8 @@ def _check_strings(schema: Mapping[str, Any], path: str) -> None:
         isinstance(reference, str) and (reference == "#" or reference.startswith("#/"))
     ):
         raise InvalidSchema(f"In {path} only references '#/...' are allowed.", param=path)
-    for name in ("$id", "$anchor", "$dynamicRef", "$recursiveRef", "x-guidance"):
-        if name in schema:
+    for name in schema:
+        if name in _NOT_FOLLOWED:
             raise InvalidSchema(f"{path} uses '{name}', which is not supported.", param=path)
 
 

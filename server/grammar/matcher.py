@@ -47,8 +47,9 @@ def start_matcher(vocabulary: Vocabulary, grammar: str) -> LLMatcher:
     """A matcher that has seen nothing yet. GrammarError where there is no way to begin."""
     matcher = LLMatcher(vocabulary.tokenizer, grammar, log_level=0, limits=_LIMITS)
     if not matcher.is_error():
-        has_beginning = any(matcher.compute_bitmask())
-        if not has_beginning and not matcher.is_error():
+        mask = int.from_bytes(matcher.compute_bitmask(), "little")
+        added = sum(1 << token_id for token_id in vocabulary.added_ids)
+        if not (mask & ~added or matcher.is_accepting() or matcher.is_error()):
             raise GrammarError("nothing may come")
     if matcher.is_error():
         raise GrammarError(matcher.get_error())

@@ -20,6 +20,7 @@ MAX_DETAIL_CHARS: Final = 64
 
 _VERDICTS: Final[tuple[tuple[re.Pattern[str], str], ...]] = (
     (re.compile(r'Unimplemented keys: \["((?:[^"\\]|\\.)*)"'), "keyword"),
+    (re.compile(r"^(oneOf) constraints"), "keyword"),
     (re.compile(r"Unknown format: (.*)"), "format"),
     (re.compile(r"Resource '|Pointer '"), "reference"),
     (re.compile(r"look-around"), "look-around"),

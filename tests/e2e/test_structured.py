@@ -140,7 +140,8 @@ HARD = {"allOf": [{"type": "string", "pattern": f"^(a|b)*a(a|b){{{i}}}$"} for i 
 
 def test_what_cannot_be_used_is_a_400_and_the_next_works(demo: RunningServer) -> None:
     """The hard one is killed for its time."""
-    for schema in (HARD, {"type": "array", "uniqueItems": True}, {"enum": []}):
+    bad: list[dict[str, Any]] = [HARD, {"type": "array", "uniqueItems": True}, {"enum": []}]
+    for schema in bad:
         with pytest.raises(openai.BadRequestError) as caught:
             complete(demo, extra_body={"structured_outputs": {"json": schema}})
         assert caught.value.code == "invalid_json_schema"
