@@ -199,11 +199,6 @@ class Preparer:
         constraint = request.constraint
         if constraint is None:
             return None
-        if request.ignore_eos and not request.stop_token_ids:
-            raise InvalidRequest(
-                f"With ignore_eos nothing could end the answer that {constraint.param} asks for.",
-                param="ignore_eos",
-            )
         await self._prover.prove(constraint.grammar, param=constraint.param)
         return constraint.grammar
 

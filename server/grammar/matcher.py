@@ -14,9 +14,10 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from server.errors import CheckpointError
 
-# The library's own limits, with which a mask takes some 20 ms at worst. Its longer error texts
-# would carry the grammar.
-_LIMITS = LLParserLimits(verbose_errors=False)
+# Half of the library's own fuel for a step, some 10 ms, because all running answers wait for it;
+# and a fifth of its states, some 60 MB, because every matcher may come to have them. Its longer
+# error texts would carry the grammar.
+_LIMITS = LLParserLimits(step_lexer_fuel=100_000, max_lexer_states=50_000, verbose_errors=False)
 
 
 class GrammarError(Exception):

@@ -42,7 +42,7 @@ _MESSAGES: Final = {
 
 
 class _Lost(Exception):
-    """The process has ended, was killed for its time, or does not do as agreed."""
+    """The process has ended, or does not do as agreed."""
 
 
 class Prover:
@@ -92,17 +92,25 @@ class Prover:
             self._verdicts.popitem(last=False)
 
     async def _try(self, grammar: str) -> str:
-        """What is wrong with it, or nothing."""
-        process = await self._started()
-        try:
-            verdict, detail = await self._ask(process, grammar)
-        except _Lost:
-            await self._kill()
-            return f"It is too complex: {self._timeout_s:g} s were not enough, or its memory."
-        except BaseException:  # whoever waited has left, and the next must not read this answer
-            await self._kill()
-            raise
-        return _MESSAGES[verdict].format(detail=quoted(detail)) if verdict else ""
+        """What is wrong with it, or nothing.
+
+        A process may have been lost before, through nobody's fault here: so a second one is asked.
+        """
+        for _ in range(2):
+            process = await self._started()
+            try:
+                verdict, detail = await self._ask(process, grammar)
+            except TimeoutError:
+                await self._kill()
+                break
+            except _Lost:
+                await self._kill()
+            except BaseException:  # whoever waited has left: the next must not read this answer
+                await self._kill()
+                raise
+            else:
+                return _MESSAGES[verdict].format(detail=quoted(detail)) if verdict else ""
+        return f"It is too complex: {self._timeout_s:g} s were not enough, or its memory."
 
     async def _started(self) -> asyncio.subprocess.Process:
         if self._process is not None and self._process.returncode is None:
@@ -120,7 +128,7 @@ class Prover:
         )
         try:
             await _answer_of(self._process, timeout_s=LOADING_TIMEOUT_S)
-        except _Lost:
+        except (TimeoutError, _Lost):
             await self._kill()
             raise ServerError from None
         except BaseException:
@@ -142,12 +150,15 @@ class Prover:
 
 
 async def _answer_of(process: asyncio.subprocess.Process, *, timeout_s: float) -> tuple[str, str]:
+    """The next one; TimeoutError where it does not come."""
     assert process.stdout is not None
     try:
         async with asyncio.timeout(timeout_s):
             line = await process.stdout.readline()
         verdict, detail = json.loads(line)
-    except (TimeoutError, ValueError, OSError) as error:
+    except TimeoutError:
+        raise
+    except (ValueError, OSError) as error:
         raise _Lost from error
     if verdict not in ("", "ready", *_MESSAGES) or not isinstance(detail, str):
         raise _Lost

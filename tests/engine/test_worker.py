@@ -335,7 +335,7 @@ class Anything:
 
 
 def submit_bound(name: str, **options: object) -> Submit:
-    message = submit(name, **options)
+    message = submit(name, stop=(9,), **options)
     return Submit(replace(message.request, grammar="a grammar"), ())
 
 

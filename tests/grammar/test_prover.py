@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -99,6 +100,14 @@ async def test_a_grammar_that_takes_too_long_is_ended_and_the_next_one_is_tried(
         await stubborn.prove(f"after {bad}", param="p")
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+async def test_a_process_that_was_lost_meanwhile_is_no_fault_of_the_next_grammar(
+    stubborn: Prover,
+) -> None:
+    pid = int((await message_of(stubborn, "pid")).split("'")[1])
+    os.kill(pid, signal.SIGKILL)
+    await stubborn.prove("good", param="p")
 
 
 async def test_what_was_found_is_kept(stubborn: Prover) -> None:
