@@ -33,6 +33,7 @@ from server.chat.prepare import Preparer
 from server.config import EngineConfig, HttpConfig, MediaConfig
 from server.engine.client import Engine
 from server.errors import MethodNotAllowed, ServerError, UnknownUrl
+from server.grammar.prover import Prover
 from server.media.store import FileStore
 from server.telemetry.metrics import Metrics
 
@@ -65,12 +66,13 @@ def build_app(
     media: MediaConfig | None = None,
     media_reader: MediaReader | None = None,
     files: FileStore | None = None,
+    prover: Prover | None = None,
 ) -> FastAPI:
     """The application. It answers /health and /ready while the engine is still loading.
 
     The engine starts and stops with the application, and so do the decoders of the `media_reader`,
-    which a model that takes pictures has. Where the engine cannot load its model,
-    `on_load_failure` is called with the reason, and is to end the process.
+    which a model that takes pictures has. The `prover` stops with it. Where the engine cannot load
+    its model, `on_load_failure` is called with the reason, and is to end the process.
     """
 
     @contextlib.asynccontextmanager
@@ -88,6 +90,8 @@ def build_app(
             await engine.stop()
             if media_reader is not None:
                 await media_reader.stop()
+            if prover is not None:
+                await prover.stop()
             app.state.disk_threads.shutdown(wait=False)
 
     app = FastAPI(

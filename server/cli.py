@@ -44,6 +44,7 @@ from server.core import VisionSpec
 from server.decoding.pool import DecoderPool
 from server.engine.client import Engine, EngineClient, EngineFacts
 from server.errors import CheckpointError, ConfigError
+from server.grammar.prover import Prover
 from server.hub import find_checkpoint, is_hub_name
 from server.media.fetch import Fetcher
 from server.media.store import FileStore
@@ -386,8 +387,14 @@ def _serve(
         )
         facts = _model_facts(info, context_length)
         media_reader = _media_reader(config.media, info.vision, files)
+        prover = Prover(info.path)
         preparer = Preparer(
-            tokenizer, template, facts=facts, limits=config.media, media=media_reader
+            tokenizer,
+            template,
+            facts=facts,
+            limits=config.media,
+            media=media_reader,
+            prover=prover,
         )
         app = build_app(
             config.http,
@@ -400,6 +407,7 @@ def _serve(
             media=config.media,
             media_reader=media_reader,
             files=files,
+            prover=prover,
         )
         server = uvicorn.Server(_uvicorn_config(app, config.http, has_lifespan=True, tls=tls))
         app.state.lifecycle.count_connections = lambda: len(server.server_state.connections)

@@ -111,7 +111,7 @@ class SamplingParams:
     `temperature` 0, or nearly, is greedy. `top_k` 0 and `min_p` 0 are off. `logit_bias` holds (id,
     what is added to its logit). `stop_token_ids` end the answer and are not part of its text;
     whether the model's own ends are among them was decided by `ignore_eos`. None of them is chosen
-    before the answer has `min_tokens`.
+    before the answer has `min_tokens`, unless its grammar allows nothing else.
 
     With `num_logprobs` each token comes with its log-probability and those of so many likeliest
     ones, and with `num_prompt_logprobs` each token of the prompt does. They are the model's own:
@@ -151,7 +151,8 @@ class GenerationRequest:
     `vision_starts[i]` is the index in `prompt_ids` of the first of the `vision[i].num_tokens`
     placeholder ids of medium i. Of one tenant's waiting requests a lower `priority` starts first.
     The prompt is answered `num_choices` times. Choice 0 is the answer that would come alone; the
-    others draw with seeds that follow from the request's.
+    others draw with seeds that follow from the request's. Each answer follows the `grammar`, in the
+    form that llguidance takes and proved before it is sent: it ends only where that is satisfied.
     """
 
     request_id: str
@@ -162,6 +163,7 @@ class GenerationRequest:
     vision_starts: tuple[int, ...] = ()
     priority: int = 0
     num_choices: int = 1
+    grammar: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@
     │   ├── ArrayTooLong                400 array_above_max_length
     │   ├── PromptTooLong               400 context_length_exceeded
     │   ├── InvalidPrompt               400 invalid_prompt
+    │   ├── InvalidSchema               400 invalid_json_schema
     │   ├── AttachmentNotFound          400 invalid_value
     │   ├── InvalidStretch              400 invalid_value
     │   ├── MediaError                  400 image_parse_error / video_parse_error
@@ -134,6 +135,12 @@ class InvalidPrompt(InvalidRequest):
     """The number of media and of their places in the prompt differ."""
 
     code = "invalid_prompt"
+
+
+class InvalidSchema(InvalidRequest):
+    """A form of the answer that cannot be kept to: a schema, a regex, choices or a grammar."""
+
+    code = "invalid_json_schema"
 
 
 class AttachmentNotFound(InvalidRequest):

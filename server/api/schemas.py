@@ -16,6 +16,7 @@ from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from server.chat.grammar import parse_constraint
 from server.chat.options import parse_request_options
 from server.chat.prepare import ChatRequest, RawPrompt
 from server.errors import (
@@ -60,7 +61,6 @@ UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
     "prompt_cache_options": (),
     "prompt_cache_retention": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "store": (False,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -102,7 +102,6 @@ UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True, False),
     "structural_tag": (),
-    "structured_outputs": (),
     "thinking_token_budget": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
@@ -212,6 +211,8 @@ class ChatCompletionRequest(BaseModel):
     prompt_cache_key: Text | None = None
     metadata: Annotated[dict[str, Text], Field(strict=True, max_length=MAX_METADATA)] | None = None
     service_tier: Text | None = None
+    response_format: Any = None
+    structured_outputs: Any = None
     media_options: Any = None
 
     @property
@@ -248,6 +249,7 @@ class ChatCompletionRequest(BaseModel):
             visual_token_budget=token_budget,
             num_choices=self.n or 1,
             num_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            constraint=parse_constraint(self.response_format, self.structured_outputs),
         )
 
 

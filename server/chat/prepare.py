@@ -15,6 +15,7 @@ from dataclasses import astuple, dataclass, field
 from functools import partial
 from typing import TypeVar, get_args
 
+from server.chat.grammar import Constraint
 from server.chat.media import Attachments, LeftOut, MediaReader, MediaReport, Medium
 from server.chat.options import NO_OPTIONS, MediaOptions, check_limits
 from server.chat.parts import (
@@ -44,6 +45,7 @@ from server.errors import (
     Unavailable,
     UnsupportedParameter,
 )
+from server.grammar.prover import Prover
 
 MAX_BYTES_PER_CONTEXT_TOKEN = 16
 
@@ -105,6 +107,7 @@ class ChatRequest:
     num_choices: int = 1
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
+    constraint: Constraint | None = None
     priority: int = 0
     media_options: MediaOptions = NO_OPTIONS
     visual_token_budget: int | None = None
@@ -162,6 +165,7 @@ class Preparer:
         facts: ModelFacts,
         limits: MediaConfig,
         media: MediaReader | None,
+        prover: Prover,
     ) -> None:
         """`media` is None exactly for a text-only model."""
         self.facts = facts
@@ -169,6 +173,7 @@ class Preparer:
         self._template = template
         self._limits = limits
         self._media = media
+        self._prover = prover
         self._prompt_pool = ThreadPoolExecutor(1, thread_name_prefix="prompt")
         self._num_encoding = 0
 
@@ -190,10 +195,12 @@ class Preparer:
         attachments: Attachments | None = None,
     ) -> Prepared:
         """Everything that can be found wrong with a request before it is admitted is found here."""
+        grammar = None
         param = "messages" if request.prompt is None else request.prompt.param
         if request.prompt is None:
             messages = parse_messages(request.messages, self._limits)
             self._check_text_bytes(messages)
+            grammar = await self._grammar(request)
             prompt = await self._prompt(messages, request, tenant=tenant, attachments=attachments)
         else:
             prompt = _Prompt(tuple(await self.encode_raw(request.prompt)))
@@ -209,6 +216,7 @@ class Preparer:
                 vision=tuple(medium.vision for medium in media),
                 vision_starts=prompt.starts,
                 num_choices=request.num_choices,
+                grammar=grammar,
                 priority=request.priority,
             ),
             tiles=tuple(medium.tiles for medium in media),
@@ -277,6 +285,14 @@ class Preparer:
             return await asyncio.get_running_loop().run_in_executor(self._prompt_pool, encode)
         finally:
             self._num_encoding -= 1
+
+    async def _grammar(self, request: ChatRequest) -> str | None:
+        """That of the request, proved."""
+        constraint = request.constraint
+        if constraint is None:
+            return None
+        await self._prover.prove(constraint.grammar, param=constraint.param)
+        return constraint.grammar
 
     async def _prompt(
         self,

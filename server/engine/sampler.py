@@ -140,10 +140,14 @@ def _adjust(logits: Tensor, row: SamplingRow) -> None:
         logits[biased] += torch.tensor(
             [bias for _, bias in params.logit_bias], device=logits.device
         )
+    forbidden = None if row.mask is None else _forbidden(row.mask, logits)
     if row.num_generated < params.min_tokens and params.stop_token_ids:
-        logits[_ids(params.stop_token_ids, logits)] = -math.inf
-    if row.mask is not None:
-        logits.masked_fill_(_forbidden(row.mask, logits), -math.inf)
+        ends = _ids(params.stop_token_ids, logits)
+        # What its grammar has completed ends, however short it is.
+        if forbidden is None or not bool(forbidden.index_fill(0, ends, True).all()):
+            logits[ends] = -math.inf
+    if forbidden is not None:
+        logits.masked_fill_(forbidden, -math.inf)
 
 
 def _forbidden(mask: npt.NDArray[np.int32], logits: Tensor) -> Tensor:

@@ -26,6 +26,11 @@ def check_request(
         raise InvalidPrompt("The prompt is empty.")
     if request.sampling.max_tokens < 1:
         raise InvalidRequest("The answer must be allowed at least one token.", param="max_tokens")
+    if request.grammar is not None and not request.sampling.stop_token_ids:
+        raise InvalidRequest(
+            "With ignore_eos nothing could end an answer of the form that is asked for.",
+            param="ignore_eos",
+        )
     if request.num_choices < 1:
         raise InvalidRequest("A request has at least one choice.", param="n")
     if num_tokens > facts.max_request_tokens:

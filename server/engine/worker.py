@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence as AbstractSequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Protocol
 
-from server.core import Tiles, TokenEvent, VisionSpec
+from server.core import GenerationRequest, Tiles, TokenEvent, VisionSpec
 from server.engine.facts import EngineFacts
 from server.engine.messages import Abort, FromEngine, Joined, Progress, Stop, Submit, ToEngine
 from server.engine.meter import Meter
 from server.engine.scheduler import Scheduler
-from server.engine.sequence import Batch, DeviceError, Sequence, SpanOutput
+from server.engine.sequence import Batch, DeviceError, Sequence, SpanOutput, TokenMask
 from server.engine.validation import check_request
 from server.errors import ServerError
 
 HEARTBEAT_S = 1.0
 """How often an idle worker says that it lives."""
+
+MASK_POLL_S = 0.005
+"""How often a worker that is otherwise idle looks whether a mask has been made."""
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +43,21 @@ class StepRunner(Protocol):
     def run(self, batch: Batch) -> AbstractSequence[SpanOutput]: ...
 
 
+class Masks(Protocol):
+    def begin(self, request: GenerationRequest) -> Future[list[TokenMask]]:
+        """One for each choice of a request with a grammar, made while steps go on."""
+
+
+@dataclass(slots=True)
+class _Building:
+    """A request that waits for its masks, and those of its choices that are still wanted."""
+
+    request: GenerationRequest
+    tiles: list[Tiles]
+    masks: Future[list[TokenMask]]
+    choices: list[int]
+
+
 class Worker:
     """Runs until it is told to stop. An exception out of `run` ends the engine process."""
 
@@ -46,6 +66,7 @@ class Worker:
         channel: Channel,
         scheduler: Scheduler,
         runner: StepRunner,
+        masks: Masks,
         *,
         facts: EngineFacts,
         vision: VisionSpec | None,
@@ -55,6 +76,8 @@ class Worker:
         self._scheduler = scheduler
         self._meter = meter
         self._runner = runner
+        self._masks = masks
+        self._building: dict[str, _Building] = {}
         self._facts = facts
         self._vision = vision
         self._stopping = False
@@ -63,6 +86,7 @@ class Worker:
     def run(self) -> None:
         while not self._stopping:
             self._drain_inbox(block=self._scheduler.idle)
+            self._add_built()
             if batch := self._scheduler.schedule():
                 self._announce(batch)
                 self._step(batch)
@@ -70,7 +94,8 @@ class Worker:
     def _drain_inbox(self, *, block: bool) -> None:
         if block:
             self._scheduler.check()
-        received = self._channel.receive(timeout_s=HEARTBEAT_S if block else 0)
+        longest_s = MASK_POLL_S if self._building else HEARTBEAT_S
+        received = self._channel.receive(timeout_s=longest_s if block else 0)
         if block and not received:
             self._emit([])
         for message, tiles in received:
@@ -78,7 +103,7 @@ class Worker:
                 case Submit():
                     self._add(message, tiles)
                 case Abort():
-                    self._emit(self._scheduler.abort(message.request_id, message.choice))
+                    self._abort(message)
                 case Stop():
                     self._stopping = True
 
@@ -95,10 +120,46 @@ class Worker:
         request = message.request
         try:
             check_request(request, tiles, facts=self._facts, vision=self._vision)
-            for choice in range(request.num_choices):
-                self._scheduler.add(Sequence.from_request(request, tiles, choice=choice))
         except ServerError as error:
             self._emit([TokenEvent(request.request_id, None, "error", error.code)])
+            return
+        choices = list(range(request.num_choices))
+        if request.grammar is not None:
+            masks = self._masks.begin(request)
+            self._building[request.request_id] = _Building(request, tiles, masks, choices)
+            return
+        for choice in choices:
+            self._scheduler.add(Sequence.from_request(request, tiles, choice=choice))
+
+    def _add_built(self) -> None:
+        """To the scheduler with those whose masks are made, whoever came meanwhile."""
+        for request_id, waiting in list(self._building.items()):
+            if not waiting.masks.done():
+                continue
+            del self._building[request_id]
+            try:
+                masks = waiting.masks.result()
+            except Exception:
+                _log.exception("The masks of a request could not be made.")
+                self._emit([TokenEvent(request_id, None, "error", "internal_error")])
+                continue
+            for choice in waiting.choices:
+                sequence = Sequence.from_request(
+                    waiting.request, waiting.tiles, choice=choice, constraint=masks[choice]
+                )
+                self._scheduler.add(sequence)
+
+    def _abort(self, message: Abort) -> None:
+        waiting = self._building.get(message.request_id)
+        if waiting is None:
+            self._emit(self._scheduler.abort(message.request_id, message.choice))
+            return
+        gone = [c for c in waiting.choices if message.choice in (None, c)]
+        waiting.choices = [c for c in waiting.choices if c not in gone]
+        if not waiting.choices:
+            waiting.masks.cancel()
+            del self._building[message.request_id]
+        self._emit([TokenEvent(message.request_id, None, "abort", choice=c) for c in gone])
 
     def _step(self, batch: Batch) -> None:
         self._meter.begin_step()

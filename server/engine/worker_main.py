@@ -23,6 +23,7 @@ from server.engine.blocks import BlockPool
 from server.engine.channel import SocketChannel
 from server.engine.encodings import EncoderCache
 from server.engine.facts import EngineFacts
+from server.engine.masks import MaskBuilder
 from server.engine.messages import LoadFailed, Loading, Ready, Start
 from server.engine.meter import Meter
 from server.engine.runner import Runner, choose_cache_bytes
@@ -30,6 +31,7 @@ from server.engine.scheduler import Scheduler
 from server.engine.warm_up import warm_up
 from server.engine.worker import StepRunner, Worker
 from server.errors import CheckpointError, ConfigError
+from server.grammar.matcher import read_vocabulary
 from server.kernels.machine import has_half_units
 from server.model.checkpoint import DTYPES, load_model, pack_for_cpu
 from server.model.config import CheckpointInfo, read_checkpoint
@@ -130,6 +132,11 @@ def _load(channel: SocketChannel, wrap: Callable[[Runner], StepRunner]) -> Worke
         # Each of them takes a position of every step.
         max_running=min(start.max_requests_running, budget.max_tokens),
     )
+    masks = MaskBuilder(
+        read_vocabulary(info.path),
+        num_ids=info.text.logits_rows,
+        reserved_ids=_placeholder_ids(vision),
+    )
     facts = EngineFacts(
         logits_width=info.text.logits_rows,
         embedding_rows=info.text.embedding_rows,
@@ -145,7 +152,7 @@ def _load(channel: SocketChannel, wrap: Callable[[Runner], StepRunner]) -> Worke
     )
     channel.send(Ready(facts))
     meter = Meter(scheduler)
-    return Worker(channel, scheduler, runner, facts=facts, vision=vision, meter=meter)
+    return Worker(channel, scheduler, runner, masks, facts=facts, vision=vision, meter=meter)
 
 
 def _placeholder_ids(vision: VisionSpec | None) -> frozenset[int]:

@@ -36,7 +36,6 @@ def test_a_field_not_honoured_is_refused_by_name_unless_it_asks_for_nothing(name
         ("store", True),
         ("modalities", ["text", "audio"]),
         ("modalities", []),
-        ("response_format", {"type": "json_object"}),
         ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
         ("tool_choice", {"type": "function", "function": {"name": "f"}}),

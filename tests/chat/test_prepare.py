@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,11 @@ from server.config import MediaConfig
 from server.core import SamplingDefaults, SamplingParams, VisionSpec
 from server.decoding.pool import DecoderPool
 from server.errors import InvalidRequest, PromptTooLong
+from server.grammar.prover import Prover
 from server.media.fetch import Fetcher
 from tests.chat.conftest import DICT_TEMPLATE, IM_END, IMAGE, LIST_TEMPLATE, STRING_TEMPLATE, VIDEO
+
+PROVER = Prover(Path("nowhere"))  # nobody here asks for a form
 
 CONTEXT = 600
 LIMITS = MediaConfig(max_request_bytes=5000)
@@ -83,7 +87,9 @@ def preparer(tokenizer: Tokenizer, facts: ModelFacts, reader: MediaReader) -> It
     template = ChatTemplate(
         tokenizer, template=LIST_TEMPLATE, revision_layout="main", vision=facts.vision
     )
-    preparer = Preparer(tokenizer, template, facts=facts, limits=LIMITS, media=reader)
+    preparer = Preparer(
+        tokenizer, template, facts=facts, limits=LIMITS, media=reader, prover=PROVER
+    )
     yield preparer
     preparer.close()
 
@@ -168,7 +174,9 @@ async def test_a_video_without_a_token_of_its_own(
         tokenizer, template=DICT_TEMPLATE, revision_layout="v0.1.0", vision=spec
     )
     facts = replace(facts, vision=spec)
-    preparer = Preparer(tokenizer, template, facts=facts, limits=LIMITS, media=reader)
+    preparer = Preparer(
+        tokenizer, template, facts=facts, limits=LIMITS, media=reader, prover=PROVER
+    )
     prepared = await prepare(preparer, user(clip(2), picture(RED), text("x")))
     assert [medium.kind for medium in prepared.request.vision] == ["video", "image"]
     assert (prepared.usage.video_tokens, prepared.usage.image_tokens) == (5, 24)
@@ -218,7 +226,7 @@ async def test_media_bytes_of_a_request_are_limited(preparer: Preparer) -> None:
 async def test_a_text_model_takes_no_pictures(tokenizer: Tokenizer, facts: ModelFacts) -> None:
     template = ChatTemplate(tokenizer, template=STRING_TEMPLATE, revision_layout="text")
     facts = replace(facts, vision=None)
-    preparer = Preparer(tokenizer, template, facts=facts, limits=LIMITS, media=None)
+    preparer = Preparer(tokenizer, template, facts=facts, limits=LIMITS, media=None, prover=PROVER)
     assert (await prepare(preparer, user(text("x")))).usage.text_tokens > 0
     for part in (picture(), clip()):
         code = await refusal(preparer, user(text("x"), part))
@@ -234,7 +242,7 @@ async def test_options_must_make_sense_where_there_are_no_media_too(
     assert code == ("invalid_value", "media_options.max_grids")
     template = ChatTemplate(tokenizer, template=STRING_TEMPLATE, revision_layout="text")
     facts = replace(facts, vision=None)
-    text_only = Preparer(tokenizer, template, facts=facts, limits=LIMITS, media=None)
+    text_only = Preparer(tokenizer, template, facts=facts, limits=LIMITS, media=None, prover=PROVER)
     for said in ({"media_options": MediaOptions(fps=1.0)}, {"visual_token_budget": 5}):
         code = await refusal(text_only, user(text("x")), **said)
         assert code == ("unsupported_parameter", "media_options")
@@ -307,6 +315,7 @@ async def test_the_request_comes_before_the_checkpoint_before_neutral(
         facts=replace(facts, defaults=CHECKPOINT),
         limits=LIMITS,
         media=None,
+        prover=PROVER,
     )
 
     async def value(preparer: Preparer, **fields: Any) -> Any:

@@ -45,12 +45,13 @@ def reference(logits: npt.NDArray[np.float32], row: Row) -> int | None:
         scores[token_id] -= params.presence_penalty + params.frequency_penalty * count
     for token_id, bias in params.logit_bias:
         scores[token_id] += bias
-    if len(generated) < params.min_tokens:
-        scores[list(params.stop_token_ids)] = -np.inf
+    allowed = set(range(len(scores)))
     if row.mask is not None:
-        for token_id in range(len(scores)):
-            if not int(row.mask[token_id // 32]) >> token_id % 32 & 1:
-                scores[token_id] = -np.inf
+        allowed = {i for i in allowed if int(row.mask[i // 32]) >> i % 32 & 1}
+    ends = set(params.stop_token_ids)
+    if len(generated) < params.min_tokens and not allowed <= ends:
+        allowed -= ends
+    scores[list(set(range(len(scores))) - allowed)] = -np.inf
     if not np.isfinite(scores.max()):
         return None
     if params.temperature < 1e-5:
@@ -268,6 +269,14 @@ def test_an_end_waits_for_the_least_number_of_tokens() -> None:
     logits[:, 9], logits[:, 4] = 5.0, 1.0
     ends = {"temperature": 0.0, "min_tokens": 3, "stop_token_ids": (9,)}
     assert sample(logits, [row(num_generated=2, **ends), row(num_generated=3, **ends)]) == [4, 9]
+
+
+def test_what_a_mask_has_completed_ends_however_short_it_is() -> None:
+    logits = torch.zeros(3, NUM_IDS)
+    logits[:, 9] = 5.0
+    ends = {"temperature": 0.0, "min_tokens": 3, "stop_token_ids": (9, 10)}
+    masks = (mask_of([9, 10]), mask_of([4, 9]), mask_of([4]))
+    assert sample(logits, [row(mask=mask, **ends) for mask in masks]) == [9, 4, 4]
 
 
 def test_a_bias_may_force_and_forbid() -> None:

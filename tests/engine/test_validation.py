@@ -47,6 +47,12 @@ def test_an_empty_prompt_and_an_empty_answer_are_refused() -> None:
         check(make_request(max_tokens=0))
 
 
+def test_what_follows_a_grammar_must_be_able_to_end() -> None:
+    check(replace(make_request(stop=(1,)), grammar="a grammar"))
+    with pytest.raises(InvalidRequest, match="ignore_eos"):
+        check(replace(make_request(), grammar="a grammar"))
+
+
 @pytest.mark.parametrize("name", ["logit_bias", "stop_token_ids"])
 @pytest.mark.parametrize("token_id", [-1, FACTS.logits_width, 2**62])
 def test_ids_that_would_index_the_logits_are_checked(name: str, token_id: int) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 
-from server.core import Tiles, TokenEvent
+from server.core import GenerationRequest, Tiles, TokenEvent
 from server.engine.blocks import BlockPool
 from server.engine.encodings import EncoderCache
 from server.engine.facts import EngineStats, EngineTotals
@@ -23,8 +25,8 @@ from server.engine.messages import (
 )
 from server.engine.meter import Meter
 from server.engine.scheduler import Scheduler
-from server.engine.sequence import Batch, DeviceError, SpanOutput, StepBudget
-from server.engine.worker import Worker
+from server.engine.sequence import Batch, DeviceError, SpanOutput, StepBudget, TokenMask
+from server.engine.worker import MASK_POLL_S, Worker
 from tests.engine.samples import FACTS, PICTURE, SPEC, make_request, make_tiles
 
 
@@ -73,10 +75,21 @@ class ScriptedRunner:
         return [SpanOutput(7 if span.is_sampled else None) for span in batch.spans]
 
 
+class MasksByHand:
+    """Masks that allow all, made when a test says so; `begun` are the futures by request."""
+
+    def __init__(self) -> None:
+        self.begun: dict[str, Future[list[TokenMask]]] = {}
+
+    def begin(self, request: GenerationRequest) -> Future[list[TokenMask]]:
+        return self.begun.setdefault(request.request_id, Future())
+
+
 def run(
     script: list[list[ToEngine]],
     runner: ScriptedRunner | None = None,
     *,
+    masks: MasksByHand | None = None,
     max_running: int = 1,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[ScriptedChannel, Scheduler]:
@@ -91,6 +104,7 @@ def run(
         channel,
         scheduler,
         runner or ScriptedRunner(),
+        masks or MasksByHand(),
         facts=FACTS,
         vision=SPEC,
         meter=Meter(scheduler, clock=clock),
@@ -305,3 +319,88 @@ def test_a_device_in_doubt_ends_the_process_at_once() -> None:
     with pytest.raises(DeviceError):
         run([[submit("a")]], runner)
     assert runner.batches == [["a"]]
+
+
+class Anything:
+    """A mask that allows all and keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.accepted: list[int] = []
+
+    def allowed(self) -> None:
+        return None
+
+    def accept(self, token_id: int) -> None:
+        self.accepted.append(token_id)
+
+
+def submit_bound(name: str, **options: object) -> Submit:
+    message = submit(name, stop=(9,), **options)
+    return Submit(replace(message.request, grammar="a grammar"), ())
+
+
+def when_asked(monkeypatch: pytest.MonkeyPatch, acts: dict[int, Callable[[], object]]) -> None:
+    """Does something before the inbox is asked for the n-th time."""
+    receive = ScriptedChannel.receive
+
+    def acting(self: ScriptedChannel, *, timeout_s: float) -> list[tuple[ToEngine, list[Tiles]]]:
+        acts.get(len(self.timeouts_s), lambda: None)()
+        return receive(self, timeout_s=timeout_s)
+
+    monkeypatch.setattr(ScriptedChannel, "receive", acting)
+
+
+def test_nobody_waits_for_the_masks_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks, made = MasksByHand(), [Anything(), Anything()]
+    when_asked(monkeypatch, {3: lambda: masks.begun["a"].set_result([*made])})
+    script: list[list[ToEngine]] = [
+        [submit_bound("a", max_tokens=2, num_choices=2), submit("b", max_tokens=2)],
+        *[[] for _ in range(6)],
+    ]
+    channel, scheduler = run(script, masks=masks, max_running=4)
+    assert [(e.request_id, e.choice) for e in channel.events] == [
+        ("b", 0),
+        ("b", 0),
+        ("a", 0),
+        ("a", 1),
+        ("a", 0),
+        ("a", 1),
+    ]
+    # While only a mask is missing it looks for it often, but does not spin.
+    assert channel.timeouts_s[:4] == [1.0, 0, MASK_POLL_S, MASK_POLL_S]
+    assert [mask.accepted for mask in made] == [[7], [7]]
+    assert scheduler.idle
+
+
+def test_a_request_may_be_aborted_while_its_masks_are_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    masks, made = MasksByHand(), [Anything(), Anything()]
+    when_asked(monkeypatch, {3: lambda: masks.begun["b"].set_result([*made])})
+    script: list[list[ToEngine]] = [
+        [submit_bound("a"), submit_bound("b", max_tokens=2, num_choices=2)],
+        [Abort("a"), Abort("b", 0)],
+        *[[] for _ in range(5)],
+    ]
+    channel, scheduler = run(script, masks=masks, max_running=4)
+    assert masks.begun["a"].cancelled()
+    assert channel.events == [
+        TokenEvent("a", None, "abort"),
+        TokenEvent("b", None, "abort"),
+        TokenEvent("b", 7, choice=1),
+        TokenEvent("b", 7, "length", choice=1),
+    ]
+    assert [mask.accepted for mask in made] == [[], [7]] and scheduler.idle
+
+
+def test_masks_that_cannot_be_made_end_their_request_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    masks = MasksByHand()
+    when_asked(monkeypatch, {1: lambda: masks.begun["a"].set_exception(ValueError("no"))})
+    script: list[list[ToEngine]] = [[submit_bound("a"), submit("b", max_tokens=1)], [], []]
+    channel, _ = run(script, masks=masks)
+    assert channel.events == [
+        TokenEvent("b", 7, "length"),
+        TokenEvent("a", None, "error", "internal_error"),
+    ]

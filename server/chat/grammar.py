@@ -1,0 +1,246 @@
+"""What a request says of the form of its answer: `response_format` and `structured_outputs`.
+
+`parse_constraint` judges shape and size and makes of it one grammar as llguidance takes it. Whether
+that can be matched is proved elsewhere, before the engine is asked for anything. JSON comes out
+compact: where white space is free a weak model may go on with it for ever.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from server.errors import (
+    InvalidRequest,
+    InvalidSchema,
+    InvalidType,
+    MissingParameter,
+    UnknownParameter,
+    quoted,
+)
+
+MAX_SCHEMA_BYTES: Final = 64 * 1024
+MAX_SCHEMA_DEPTH: Final = 32
+MAX_PROPERTIES: Final = 1_000
+MAX_ENUM_VALUES: Final = 1_000
+MAX_REGEX_CHARS: Final = 512
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
+_JSON_OPTIONS: Final = {
+    "whitespace_flexible": False,
+    "item_separator": ",",
+    "key_separator": ":",
+    "lenient": False,
+    "coerce_one_of": False,
+}
+_NOT_FOLLOWED: Final = frozenset(
+    {
+        *("$id", "$anchor", "x-guidance", "disallow", "divisibleBy", "extends"),
+        *("formatMinimum", "formatMaximum", "formatExclusiveMinimum", "formatExclusiveMaximum"),
+    }
+)
+"""Keywords that the library takes for notes, though they mean something, and its own. Those that it
+knows not to support it refuses itself; others are notes, as JSON Schema wants it."""
+
+_VALUES: Final = frozenset({"const", "default", "enum", "example", "examples"})
+"""Keywords that hold values: what is in them is no schema."""
+
+_NAMED: Final = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+"""Keywords that hold schemas by names of the client's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """A grammar that has not been proved yet, and the parameter it was made from."""
+
+    grammar: str
+    param: str
+
+
+def parse_constraint(response_format: object, structured_outputs: object) -> Constraint | None:
+    """The one form that is asked for, or None; raises the contract's 400 for what is wrong."""
+    by_format = _of_response_format(response_format)
+    by_extension = _of_structured_outputs(structured_outputs)
+    if by_format is not None and by_extension is not None:
+        raise InvalidRequest(
+            "response_format and structured_outputs must not both be given.",
+            param="structured_outputs",
+        )
+    return by_format or by_extension
+
+
+def _of_response_format(wanted: object) -> Constraint | None:
+    if wanted is None:
+        return None
+    fields = _object(wanted, "response_format", {"type", "json_schema"})
+    kind = fields.get("type")
+    if kind is None:
+        raise MissingParameter("response_format.type is required.", param="response_format.type")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise InvalidRequest(
+            "response_format.type must be 'text', 'json_object' or 'json_schema'.",
+            param="response_format.type",
+        )
+    path = "response_format.json_schema"
+    if kind != "json_schema":
+        if fields.get("json_schema") is not None:
+            raise InvalidRequest(f"{path} is allowed only with that type.", param=path)
+        if kind == "text":
+            return None
+        return Constraint(_json_grammar({"type": "object"}), "response_format")
+    if fields.get("json_schema") is None:
+        raise MissingParameter(f"{path} is required.", param=path)
+    described = _object(fields["json_schema"], path, {"name", "schema", "strict", "description"})
+    name = described.get("name")
+    if name is None:
+        raise MissingParameter(f"{path}.name is required.", param=f"{path}.name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"{path}.name must be 1 to 64 of A-Z a-z 0-9 _ -.", param=f"{path}.name"
+        )
+    # A schema is kept to whether it is called strict or not.
+    for key, kind_of, words in (
+        ("strict", bool, "true or false"),
+        ("description", str, "a string"),
+    ):
+        if not isinstance(described.get(key), kind_of | None):
+            raise InvalidType(f"{path}.{key} must be {words}.", param=f"{path}.{key}")
+    if described.get("schema") is None:
+        raise MissingParameter(f"{path}.schema is required.", param=f"{path}.schema")
+    return _of_schema(described["schema"], f"{path}.schema")
+
+
+def _of_structured_outputs(wanted: object) -> Constraint | None:
+    if wanted is None:
+        return None
+    path = "structured_outputs"
+    fields = _object(wanted, path, set(_FORMS))
+    given = [name for name in _FORMS if fields.get(name) is not None]
+    if len(given) != 1:
+        raise InvalidRequest(f"{path} must have exactly one of {', '.join(_FORMS)}.", param=path)
+    return _FORMS[given[0]](fields[given[0]], f"{path}.{given[0]}")
+
+
+def _of_schema(schema: object, path: str) -> Constraint:
+    if not isinstance(schema, dict):
+        raise InvalidType(f"{path} must be an object.", param=path)
+    num_bytes = len(json.dumps(schema, ensure_ascii=False, separators=(",", ":")).encode())
+    _limit(num_bytes, MAX_SCHEMA_BYTES, "bytes", path)
+    num_properties = num_values = 0
+    for each, depth in _schemas_in(schema):
+        _limit(depth, MAX_SCHEMA_DEPTH, "levels", path)
+        num_properties += len(_mapping(each.get("properties")))
+        values = each.get("enum")
+        num_values += len(values) if isinstance(values, list) else 0
+        _check_strings(each, path)
+    _limit(num_properties, MAX_PROPERTIES, "properties", path)
+    _limit(num_values, MAX_ENUM_VALUES, "enum values", path)
+    return Constraint(_json_grammar(schema), path)
+
+
+def _check_strings(schema: Mapping[str, Any], path: str) -> None:
+    """Patterns and references of one schema, those of the schemas in it aside."""
+    patterns = [schema.get("pattern"), *_mapping(schema.get("patternProperties"))]
+    for pattern in patterns:
+        if isinstance(pattern, str):
+            _limit(len(pattern), MAX_REGEX_CHARS, "characters in a pattern", path)
+    reference = schema.get("$ref")
+    if reference is not None and not (
+        isinstance(reference, str) and (reference == "#" or reference.startswith("#/"))
+    ):
+        raise InvalidSchema(f"In {path} only references '#/...' are allowed.", param=path)
+    for name in schema:
+        if name in _NOT_FOLLOWED:
+            raise InvalidSchema(f"{path} uses '{name}', which is not supported.", param=path)
+
+
+def _schemas_in(schema: dict[str, Any]) -> Iterator[tuple[dict[str, Any], int]]:
+    """Every schema within, and how deep it lies; the whole one is at 1."""
+    waiting: list[tuple[object, int]] = [(schema, 1)]
+    while waiting:
+        each, depth = waiting.pop()
+        if isinstance(each, list):
+            waiting += [(one, depth) for one in each]
+        elif isinstance(each, dict):
+            yield each, depth
+            for name, value in each.items():
+                if name in _NAMED:
+                    waiting += [(one, depth + 1) for one in _mapping(value).values()]
+                elif name not in _VALUES:
+                    waiting.append((value, depth + 1))
+
+
+def _of_regex(regex: object, path: str) -> Constraint:
+    text = _text(regex, path, MAX_REGEX_CHARS, "characters")
+    # A slash would end it, and so would the end of the line.
+    escaped = re.sub(r"\\.|/|\n", _escaped, text, flags=re.DOTALL)
+    return Constraint(_lark_grammar(f"start: /{escaped}/"), path)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return {"/": r"\/", "\n": r"\n", "\\\n": r"\n"}.get(found[0], found[0])
+
+
+def _of_choice(choices: object, path: str) -> Constraint:
+    if not isinstance(choices, list):
+        raise InvalidType(f"{path} must be an array.", param=path)
+    if not choices:
+        raise InvalidRequest(f"{path} must not be empty.", param=path)
+    _limit(len(choices), MAX_ENUM_VALUES, "items", path)
+    texts = [_text(each, f"{path}[{index}]") for index, each in enumerate(choices)]
+    _limit(sum(len(text.encode()) for text in texts), MAX_SCHEMA_BYTES, "bytes", path)
+    return Constraint(_lark_grammar("start: " + " | ".join(map(json.dumps, texts))), path)
+
+
+def _of_grammar(grammar: object, path: str) -> Constraint:
+    text = _text(grammar, path)
+    _limit(len(text.encode()), MAX_SCHEMA_BYTES, "bytes", path)
+    return Constraint(_lark_grammar(text), path)
+
+
+_FORMS: Final[Mapping[str, Callable[[object, str], Constraint]]] = {
+    "regex": _of_regex,
+    "choice": _of_choice,
+    "grammar": _of_grammar,
+    "json": _of_schema,
+}
+
+
+def _json_grammar(schema: dict[str, Any]) -> str:
+    return json.dumps({"grammars": [{"json_schema": {**schema, "x-guidance": _JSON_OPTIONS}}]})
+
+
+def _lark_grammar(text: str) -> str:
+    return json.dumps({"grammars": [{"lark_grammar": text}]})
+
+
+def _object(value: object, path: str, known: set[str]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InvalidType(f"{path} must be an object.", param=path)
+    for name in value:
+        if name not in known:
+            raise UnknownParameter(
+                f"{path} has the unknown key {quoted(name)}.", param=f"{path}.{name[:64]}"
+            )
+    return value
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _text(value: object, path: str, most: int = MAX_SCHEMA_BYTES, unit: str = "characters") -> str:
+    if not isinstance(value, str):
+        raise InvalidType(f"{path} must be a string.", param=path)
+    if not value:
+        raise InvalidRequest(f"{path} must not be empty.", param=path)
+    _limit(len(value), most, unit, path)
+    return value
+
+
+def _limit(number: int, most: int, unit: str, path: str) -> None:
+    if number > most:
+        raise InvalidSchema(f"{path} must have at most {most} {unit}.", param=path)

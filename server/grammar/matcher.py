@@ -1,0 +1,57 @@
+"""Grammars as llguidance takes them, and its matchers over a checkpoint's vocabulary.
+
+Whoever proves a grammar and whoever matches by it does so here, under the same limits: only so does
+the proof hold. Must not know what a grammar was made from, nor who is answered.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from server.errors import CheckpointError
+
+# Half of the library's own fuel for a step, some 10 ms, because all running answers wait for it;
+# and a fifth of its states, some 60 MB, because every matcher may come to have them. Its longer
+# error texts would carry the grammar.
+_LIMITS = LLParserLimits(step_lexer_fuel=100_000, max_lexer_states=50_000, verbose_errors=False)
+
+
+class GrammarError(Exception):
+    """A grammar that cannot be matched; the message is the library's and not for callers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The tokens of a `tokenizer.json`; `added_ids` are those that ordinary text never has."""
+
+    tokenizer: LLTokenizer
+    added_ids: frozenset[int]
+
+
+def read_vocabulary(folder: Path) -> Vocabulary:
+    """That of the checkpoint in `folder`. Takes a while where there are many tokens."""
+    try:
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        added_ids = frozenset(token["id"] for token in json.loads(text)["added_tokens"])
+        # It must be told an end. Whether an answer may end is asked of the matcher instead.
+        tokenizer = LLTokenizer(text, eos_token=min(added_ids))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError("tokenizer.json cannot be used for structured output") from error
+    return Vocabulary(tokenizer, added_ids)
+
+
+def start_matcher(vocabulary: Vocabulary, grammar: str) -> LLMatcher:
+    """A matcher that has seen nothing yet. GrammarError where there is no way to begin."""
+    matcher = LLMatcher(vocabulary.tokenizer, grammar, log_level=0, limits=_LIMITS)
+    if not matcher.is_error():
+        mask = int.from_bytes(matcher.compute_bitmask(), "little")
+        added = sum(1 << token_id for token_id in vocabulary.added_ids)
+        if not (mask & ~added or matcher.is_accepting() or matcher.is_error()):
+            raise GrammarError("nothing may come")
+    if matcher.is_error():
+        raise GrammarError(matcher.get_error())
+    return matcher
