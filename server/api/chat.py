@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from server.api.content_type import is_multipart
+from server.api.dry_run import described, is_dry_run
 from server.api.health import not_ready
 from server.api.json_body import json_response, parse_body, read_json_object
 from server.api.media_usage import MediaUsage
@@ -30,9 +31,11 @@ from server.api.sse import (
     Answer,
     Envelope,
     EventStream,
-    collect_in_time,
+    collect,
+    in_time,
     sse_frames,
 )
+from server.chat.prepare import Prepared
 from server.chat.tokenizer import Delta, TokenChance, detokenize
 from server.core import FinishReason
 from server.errors import MediaError
@@ -52,6 +55,7 @@ async def chat_completions(request: Request) -> Response:
     if unavailable is not None:
         raise unavailable
 
+    is_dry = is_dry_run(request)
     body, attachments, receive = await _read_body(request)
     parsed = parse_chat_request(body, is_strict=state.http.strict)
     request.state.num_unknown_parameters = parsed.num_unknown
@@ -66,11 +70,11 @@ async def chat_completions(request: Request) -> Response:
     allowance: Allowance = request.state.allowance
     media = MediaUsage(state.metrics)
 
-    async def begin() -> Answer:
+    async def prepare() -> Prepared:
         try:
             # The id under which the engine knows the request is ours: clients choose theirs freely.
             with counting_refusals(state.metrics):
-                prepared = await state.preparer.prepare(
+                prepared: Prepared = await state.preparer.prepare(
                     chat_request,
                     request_id=envelope.id,
                     tenant=request.state.tenant,
@@ -82,6 +86,10 @@ async def chat_completions(request: Request) -> Response:
         if attachments is not None:
             await attachments.finish()
         media.prepared(prepared.reports)
+        return prepared
+
+    async def begin() -> Answer:
+        prepared = await prepare()
         num_choices = prepared.request.num_choices
         allowance.check_tokens(prepared.usage.prompt_tokens)
         stream = await state.engine.submit(prepared.request, prepared.tiles)
@@ -101,12 +109,19 @@ async def chat_completions(request: Request) -> Response:
             num_choices=num_choices,
         )
 
+    async def describe() -> dict[str, object]:
+        tokenizer = state.preparer.tokenizer
+        return described(await prepare(), media, tokenizer, state.model, name=wire.model)
+
+    if is_dry:
+        return json_response(await in_time(describe(), receive=receive, deadline_s=deadline_s))
     if wire.stream:
         frames = sse_frames(begin, envelope, include_usage=wire.include_usage)
         return EventStream(
             frames, receive=receive, deadline_s=deadline_s, late_headers=media.headers
         )
-    completion = await collect_in_time(begin, envelope, receive=receive, deadline_s=deadline_s)
+    whole = collect(begin, envelope)
+    completion = await in_time(whole, receive=receive, deadline_s=deadline_s)
     return json_response(completion, headers=media.headers())
 
 

@@ -29,7 +29,8 @@ from server.api.sse import (
     Envelope,
     EventStream,
     cancel,
-    collect_in_time,
+    collect,
+    in_time,
     sse_frames,
 )
 from server.chat.prepare import Prepared, PromptUsage
@@ -105,9 +106,8 @@ async def completions(request: Request) -> Response:
     if shared.stream:
         frames = sse_frames(begin, envelope, include_usage=shared.include_usage)
         return EventStream(frames, deadline_s=deadline_s)
-    completion = await collect_in_time(
-        begin, envelope, receive=request.receive, deadline_s=deadline_s
-    )
+    whole = collect(begin, envelope)
+    completion = await in_time(whole, receive=request.receive, deadline_s=deadline_s)
     return json_response(completion)
 
 

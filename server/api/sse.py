@@ -166,13 +166,13 @@ async def collect(begin: Begin, envelope: Envelope) -> dict[str, object]:
     return envelope.around(shape.whole_kind, worded) | {"usage": answer.usage()}
 
 
-async def collect_in_time(
-    begin: Begin, envelope: Envelope, *, receive: Receive, deadline_s: float
-) -> dict[str, object]:
-    """`collect`; RequestTimeout at the deadline, ClientGone where the client leaves before."""
+async def in_time(
+    work: Coroutine[Any, Any, Result], *, receive: Receive, deadline_s: float
+) -> Result:
+    """Its result; RequestTimeout at the deadline, ClientGone where the client leaves before."""
     try:
         async with asyncio.timeout_at(deadline_s) as deadline:
-            return await until_client_leaves(receive, collect(begin, envelope))
+            return await until_client_leaves(receive, work)
     except TimeoutError:
         if deadline.expired():
             raise RequestTimeout() from None

@@ -68,7 +68,7 @@ class Prover:
         digest = hashlib.sha256(grammar.encode()).digest()
         if digest not in self._verdicts:
             if self._num_waiting >= MAX_WAITING:
-                raise Unavailable
+                raise Unavailable(shortage="grammars")
             self._num_waiting += 1
             try:
                 async with self._turn:

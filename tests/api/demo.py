@@ -6,6 +6,7 @@ from server.chat.prepare import ModelFacts, Preparer
 from server.chat.template import ChatTemplate
 from server.chat.tokenizer import Tokenizer
 from server.config import MediaConfig
+from server.grammar.prover import Prover
 from server.hub import find_checkpoint
 from server.model.config import read_checkpoint
 
@@ -29,4 +30,11 @@ def demo_preparer() -> Preparer:
         im_end_id=info.turn_end_token_id,
         vision=spec,
     )
-    return Preparer(tokenizer, template, facts=facts, limits=MediaConfig(), media=None)
+    return Preparer(
+        tokenizer,
+        template,
+        facts=facts,
+        limits=MediaConfig(),
+        media=None,
+        prover=Prover(info.path),
+    )

@@ -371,3 +371,21 @@ def files_open(server: RunningServer) -> list[str]:
         with contextlib.suppress(OSError):
             found.append(os.readlink(descriptor))
     return sorted(each for each in found if not each.startswith(("socket:", "pipe:")))
+
+
+def test_a_dry_run_tells_what_the_answer_would_take(server: RunningServer) -> None:
+    part = image("./그림.png")
+    body = {
+        "model": server.model,
+        "messages": [{"role": "user", "content": [part, part, QUESTION]}],
+        "max_tokens": 5,
+    }
+    url = f"{server.url}/v1/chat/completions"
+    told = httpx.post(f"{url}?dry_run=true", json=body, timeout=60).json()
+    answered = httpx.post(url, json=body, timeout=60).json()["usage"]
+    assert told["usage"]["prompt_tokens"] == answered["prompt_tokens"]
+    assert [each["tokens"] for each in told["usage"]["media"]] == [
+        each["tokens"] for each in answered["media"]
+    ]
+    assert told["prompt"].count("<|im_start|>user (vector)") == 2
+    assert told["sampling"]["max_tokens"] == 5
