@@ -49,7 +49,7 @@ from server.grammar.prover import Prover
 
 MAX_BYTES_PER_CONTEXT_TOKEN = 16
 
-MAX_ENCODES_WAITING = 256
+MAX_ENCODES_WAITING = 1_024
 """Prompts that may wait for the thread that encodes them."""
 
 _T = TypeVar("_T")
