@@ -24,7 +24,7 @@ from server.api.media_usage import MediaUsage
 from server.api.metrics import counted, counting_refusals
 from server.api.models import check_name
 from server.api.multipart import AttachmentLimits, Attachments
-from server.api.rate_limits import Allowance, charged
+from server.api.rate_limits import Allowance, ChargedStream
 from server.api.schemas import parse_chat_request
 from server.api.sse import (
     LEAST_LOGPROB,
@@ -95,7 +95,7 @@ async def chat_completions(request: Request) -> Response:
         stream = await state.engine.submit(prepared.request, prepared.tiles)
         allowance.take_tokens(prepared.usage.prompt_tokens)
         deltas = detokenize(
-            stream,
+            ChargedStream(stream, allowance),
             state.preparer.tokenizer,
             stop=prepared.stop,
             min_tokens=prepared.request.sampling.min_tokens,
@@ -103,7 +103,7 @@ async def chat_completions(request: Request) -> Response:
         )
         return Answer(
             prepared.usage,
-            counted(charged(deltas, allowance), state.metrics, num_choices=num_choices),
+            counted(deltas, state.metrics, num_choices=num_choices),
             ChatShape(has_logprobs=bool(wire.logprobs)),
             media=media,
             num_choices=num_choices,

@@ -21,7 +21,7 @@ from server.api.health import not_ready
 from server.api.json_body import json_response, read_json_object
 from server.api.metrics import counted, counting_refusals
 from server.api.models import check_name
-from server.api.rate_limits import Allowance, charged
+from server.api.rate_limits import Allowance, ChargedStream
 from server.api.schemas import CompletionRequest, parse_completion_request
 from server.api.sse import (
     LEAST_LOGPROB,
@@ -40,6 +40,9 @@ from server.errors import RateLimited, Unavailable
 
 Start = Callable[[Prepared], Awaitable[AsyncGenerator[Delta, None]]]
 """Admits a prompt to the engine, or raises a ServerError."""
+
+MAX_SIDE_BY_SIDE = 8
+"""Prompts of one request in the engine at once: more would wait there for each other."""
 
 NO_ROOM_CODES = (RateLimited.code, Unavailable.code)
 
@@ -69,19 +72,17 @@ async def completions(request: Request) -> Response:
     allowance: Allowance = request.state.allowance
 
     async def start(prepared: Prepared) -> AsyncGenerator[Delta, None]:
-        allowance.check_tokens(prepared.usage.prompt_tokens)
         stream = await state.engine.submit(prepared.request, prepared.tiles)
         allowance.take_tokens(prepared.usage.prompt_tokens)
         deltas = detokenize(
-            stream,
+            ChargedStream(stream, allowance),
             tokenizer,
             stop=prepared.stop,
             min_tokens=prepared.request.sampling.min_tokens,
             num_choices=asked.num_choices,
             tells_end=True,
         )
-        paid = charged(deltas, allowance)
-        return counted(paid, state.metrics, num_choices=asked.num_choices)
+        return counted(deltas, state.metrics, num_choices=asked.num_choices)
 
     async def begin() -> Answer:
         with counting_refusals(state.metrics):
@@ -91,6 +92,9 @@ async def completions(request: Request) -> Response:
                 )
                 for place, each in enumerate(asked.to_chat_requests())
             ]
+        # All of them at once: a list of which a part is paid for and refused would never end.
+        allowance.check_tokens(sum(each.usage.prompt_tokens for each in prepared))
+        shape = await asyncio.to_thread(_shape, asked, prepared, tokenizer)
         deltas = side_by_side(await start(prepared[0]), prepared, start)
         return Answer(
             PromptUsage(
@@ -99,7 +103,7 @@ async def completions(request: Request) -> Response:
                 video_tokens=0,
             ),
             _without_answers(deltas) if asked.is_only_scored else deltas,
-            _shape(asked, prepared, tokenizer),
+            shape,
             num_choices=len(prepared) * asked.num_choices,
         )
 
@@ -125,7 +129,7 @@ async def side_by_side(
     num_running, has_room = 1, True
     try:
         while num_running or waiting:
-            while waiting and has_room:
+            while waiting and has_room and num_running < MAX_SIDE_BY_SIDE:
                 try:
                     deltas = await start(waiting[0])
                 except (RateLimited, Unavailable) as error:

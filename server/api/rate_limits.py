@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Final
 
 from starlette.datastructures import MutableHeaders
@@ -17,8 +17,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.json_body import error_response
 from server.api.middleware import OPEN_PATHS
-from server.chat.tokenizer import Delta
+from server.chat.tokenizer import TokenStream
 from server.config import ApiKey
+from server.core import TokenEvent
 from server.errors import RateLimited
 from server.telemetry.metrics import Metrics
 
@@ -148,16 +149,27 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{seconds_left}s" if minutes else f"{seconds_left}s"
 
 
-async def charged(
-    deltas: AsyncGenerator[Delta, None], allowance: Allowance
-) -> AsyncGenerator[Delta, None]:
-    """The same deltas; their tokens are charged as they come."""
-    try:
-        async for delta in deltas:
-            allowance.take_tokens(delta.num_tokens)
-            yield delta
-    finally:
-        await deltas.aclose()
+class ChargedStream:
+    """The same events; each token is charged as it comes, whether or not it has a text."""
+
+    def __init__(self, stream: TokenStream, allowance: Allowance) -> None:
+        self._stream = stream
+        self._allowance = allowance
+
+    def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        return self._events()
+
+    async def _events(self) -> AsyncIterator[TokenEvent]:
+        async for event in self._stream:
+            if event.token_id is not None:
+                self._allowance.take_tokens(1)
+            yield event
+
+    def close_choice(self, choice: int) -> None:
+        self._stream.close_choice(choice)
+
+    def close(self) -> None:
+        self._stream.close()
 
 
 class RateLimits:

@@ -6,8 +6,9 @@ text here too. Must not know how text is encoded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final
+import asyncio
+from collections.abc import Coroutine, Mapping
+from typing import Any, Final, TypeVar
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -15,6 +16,7 @@ from starlette.responses import Response
 from server.api.json_body import json_response, read_json_object
 from server.api.metrics import counting_refusals
 from server.api.models import check_name, context_length
+from server.api.sse import in_time
 from server.chat.prepare import Preparer, RawPrompt
 from server.errors import (
     InvalidType,
@@ -23,6 +25,8 @@ from server.errors import (
     UnsupportedParameter,
     quoted,
 )
+
+Result = TypeVar("Result")
 
 TOKENIZE_FIELDS: Final = frozenset(
     {"model", "prompt", "messages", "add_special_tokens", "add_generation_prompt"}
@@ -41,8 +45,7 @@ async def tokenize(request: Request) -> Response:
         raise MissingParameter("Either prompt or messages is required.", param="prompt")
     preparer: Preparer = request.app.state.preparer
     encode = _text if messages is None else _conversation
-    with counting_refusals(request.app.state.metrics):
-        ids = await encode(preparer, body)
+    ids = await _answered(request, encode(preparer, body))
     max_model_len = context_length(request)
     return json_response({"count": len(ids), "max_model_len": max_model_len, "tokens": ids})
 
@@ -57,9 +60,7 @@ async def detokenize(request: Request) -> Response:
     if not isinstance(tokens, list):
         raise InvalidType("tokens must be an array.", param="tokens")
     preparer: Preparer = request.app.state.preparer
-    with counting_refusals(request.app.state.metrics):
-        ids = await preparer.check_ids(tokens, "tokens")
-    return json_response({"prompt": preparer.tokenizer.decode(ids)})
+    return json_response({"prompt": await _answered(request, preparer.decode(tokens, "tokens"))})
 
 
 @router.get("/tokenizer_info")
@@ -75,6 +76,13 @@ async def tokenizer_info(request: Request) -> Response:
             **preparer.named_special_tokens,
         }
     )
+
+
+async def _answered(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """Within the time of a request, and only while its client is there."""
+    deadline_s = asyncio.get_running_loop().time() + request.app.state.http.request_timeout_s
+    with counting_refusals(request.app.state.metrics):
+        return await in_time(work, receive=request.receive, deadline_s=deadline_s)
 
 
 async def _text(preparer: Preparer, body: Mapping[str, Any]) -> list[int]:

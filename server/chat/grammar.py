@@ -152,6 +152,9 @@ def _check_strings(schema: Mapping[str, Any], path: str) -> None:
         isinstance(reference, str) and (reference == "#" or reference.startswith("#/"))
     ):
         raise InvalidSchema(f"In {path} only references '#/...' are allowed.", param=path)
+    if isinstance(reference, str) and not _VALUES.isdisjoint(reference.split("/")):
+        # What is in a value was not held to the limits of schemas.
+        raise InvalidSchema(f"In {path} a reference leads into a value.", param=path)
     for name in schema:
         if name in _NOT_FOLLOWED:
             raise InvalidSchema(f"{path} uses '{name}', which is not supported.", param=path)

@@ -200,7 +200,7 @@ class Preparer:
         if request.prompt is None:
             messages = parse_messages(request.messages, self._limits)
             self._check_text_bytes(messages)
-            grammar = await self._grammar(request)
+            grammar = await self._grammar(request, tenant)
             prompt = await self._prompt(messages, request, tenant=tenant, attachments=attachments)
         else:
             prompt = _Prompt(tuple(await self.encode_raw(request.prompt)))
@@ -256,8 +256,22 @@ class Preparer:
             )
         return await self._in_thread(partial(self._template.encode, parsed))
 
+    async def decode(self, ids: Sequence[object], param: str) -> str:
+        """Their text, to which special tokens add nothing."""
+        checked = await self.check_ids(ids, param)
+        return await asyncio.to_thread(self.tokenizer.decode, checked)
+
     async def check_ids(self, ids: Sequence[object], param: str) -> list[int]:
-        """The same, each the id of a token; else InvalidRequest or InvalidType."""
+        """The same, each the id of a token; else InvalidRequest or InvalidType.
+
+        PromptTooLong, before any is looked at, where they are more than the context.
+        """
+        if len(ids) > self.facts.context_length:
+            raise PromptTooLong(
+                f"The model's context is {self.facts.context_length} tokens; {param} has "
+                f"{len(ids)}.",
+                param=param,
+            )
         return await self._in_thread(partial(self._checked_ids, ids, param))
 
     def _checked_ids(self, ids: Sequence[object], param: str) -> list[int]:
@@ -286,12 +300,22 @@ class Preparer:
         finally:
             self._num_encoding -= 1
 
-    async def _grammar(self, request: ChatRequest) -> str | None:
+    async def _grammar(self, request: ChatRequest, tenant: str) -> str | None:
         """That of the request, proved."""
         constraint = request.constraint
         if constraint is None:
             return None
-        await self._prover.prove(constraint.grammar, param=constraint.param)
+        for name, said in (
+            ("stop_token_ids", request.stop_token_ids),
+            ("ignore_eos", request.ignore_eos),
+        ):
+            if said:
+                raise InvalidRequest(
+                    f"{name} cannot be combined with {constraint.param}: the form says where an "
+                    "answer may end.",
+                    param=name,
+                )
+        await self._prover.prove(constraint.grammar, param=constraint.param, tenant=tenant)
         return constraint.grammar
 
     async def _prompt(

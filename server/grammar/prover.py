@@ -12,16 +12,16 @@ import hashlib
 import json
 import math
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Final
 
-from server.errors import InvalidSchema, ServerError, Unavailable, quoted
+from server.errors import InvalidSchema, RateLimited, ServerError, Unavailable, quoted
 
 ENTRY_MODULE: Final = "server.grammar.prover_main"
 TIMEOUT_S: Final = 5.0
 LOADING_TIMEOUT_S: Final = 60.0
-MEMORY_BYTES: Final = 2 << 30
+MEMORY_BYTES: Final = 1 << 30
 """The whole process's address space, of which the largest vocabularies take some 100 MB."""
 
 MAX_VERDICTS: Final = 256
@@ -60,26 +60,43 @@ class Prover:
         self._entry_module = entry_module
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
-        self._num_waiting = 0
+        self._waiting: Counter[str] = Counter()
         self._verdicts: OrderedDict[bytes, str] = OrderedDict()
 
-    async def prove(self, grammar: str, *, param: str) -> None:
-        """Returns if an answer can be made by it, else raises InvalidSchema."""
+    async def prove(self, grammar: str, *, param: str, tenant: str = "") -> None:
+        """Returns if an answer can be made by it, else raises InvalidSchema.
+
+        Unavailable where too many wait, RateLimited where half of them are this tenant's.
+        """
         digest = hashlib.sha256(grammar.encode()).digest()
-        if digest not in self._verdicts:
-            if self._num_waiting >= MAX_WAITING:
-                raise Unavailable(shortage="grammars")
-            self._num_waiting += 1
-            try:
-                async with self._turn:
-                    if digest not in self._verdicts:
-                        self._keep(digest, await self._try(grammar))
-            finally:
-                self._num_waiting -= 1
-        self._verdicts.move_to_end(digest)
-        message = self._verdicts[digest]
+        message = self._verdicts.get(digest)
+        if message is None:
+            message = await self._in_turn(digest, grammar, tenant)
+        else:
+            self._verdicts.move_to_end(digest)
         if message:
             raise InvalidSchema(f"{param} cannot be used. {message}", param=param)
+
+    async def _in_turn(self, digest: bytes, grammar: str, tenant: str) -> str:
+        if self._waiting.total() >= MAX_WAITING:
+            raise Unavailable(shortage="grammars")
+        # Without keys everybody is one tenant, who may fill the line.
+        if tenant and self._waiting[tenant] >= MAX_WAITING // 2:
+            raise RateLimited("Too many forms of this client are being checked.")
+        self._waiting[tenant] += 1
+        try:
+            async with self._turn:
+                known = self._verdicts.get(digest)
+                if known is not None:
+                    return known
+                message, is_final = await self._try(grammar)
+                if is_final:
+                    self._keep(digest, message)
+                return message
+        finally:
+            self._waiting[tenant] -= 1
+            if not self._waiting[tenant]:
+                del self._waiting[tenant]
 
     async def stop(self) -> None:
         """Ends the process. Nothing may be proved any more."""
@@ -91,8 +108,8 @@ class Prover:
         if len(self._verdicts) > MAX_VERDICTS:
             self._verdicts.popitem(last=False)
 
-    async def _try(self, grammar: str) -> str:
-        """What is wrong with it, or nothing.
+    async def _try(self, grammar: str) -> tuple[str, bool]:
+        """What is wrong with it, or nothing; and whether that will be so another time.
 
         A process may have been lost before, through nobody's fault here: so a second one is asked.
         """
@@ -109,8 +126,9 @@ class Prover:
                 await self._kill()
                 raise
             else:
-                return _MESSAGES[verdict].format(detail=quoted(detail)) if verdict else ""
-        return f"It is too complex: {self._timeout_s:g} s were not enough, or its memory."
+                return (_MESSAGES[verdict].format(detail=quoted(detail)) if verdict else ""), True
+        # On a busy machine that may have been somebody else's fault.
+        return f"It is too complex: {self._timeout_s:g} s were not enough, or its memory.", False
 
     async def _started(self) -> asyncio.subprocess.Process:
         if self._process is not None and self._process.returncode is None:

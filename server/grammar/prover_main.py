@@ -11,12 +11,20 @@ import re
 import resource
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Final, TextIO
+
+import numpy as np
+from llguidance import LLMatcher
 
 from server.grammar.matcher import GrammarError, Vocabulary, read_vocabulary, start_matcher
 
 MAX_DETAIL_CHARS: Final = 64
+
+MAX_START_S: Final = 0.5
+MAX_STEP_S: Final = 0.05
+NUM_STEPS_TRIED: Final = 16
 
 _VERDICTS: Final[tuple[tuple[re.Pattern[str], str], ...]] = (
     (re.compile(r'Unimplemented keys: \["((?:[^"\\]|\\.)*)"'), "keyword"),
@@ -43,9 +51,16 @@ def serve(folder: Path, lines: TextIO, out: TextIO, *, memory_bytes: int, alarm_
 
 
 def _tried(vocabulary: Vocabulary, grammar: str) -> tuple[str, str]:
-    """(verdict, detail); both are empty where an answer can begin by the grammar."""
+    """(verdict, detail); both are empty where an answer can be made by the grammar.
+
+    The engine will do the same: a grammar that takes it too long to start, or to go on by, is too
+    complex, because other answers wait for that.
+    """
+    started_s = time.process_time()
     try:
-        start_matcher(vocabulary, grammar)
+        matcher = start_matcher(vocabulary, grammar)
+        if time.process_time() - started_s > MAX_START_S or not _goes_on_well(matcher):
+            return "complex", ""
     except GrammarError as error:
         for pattern, verdict in _VERDICTS:
             found = pattern.search(str(error))
@@ -53,6 +68,27 @@ def _tried(vocabulary: Vocabulary, grammar: str) -> tuple[str, str]:
                 return verdict, (found[1] if pattern.groups else "")[:MAX_DETAIL_CHARS]
         return "invalid", ""
     return "", ""
+
+
+def _goes_on_well(matcher: LLMatcher) -> bool:
+    """Whether a first few tokens can be taken in time, some that come first and some that last."""
+    for step in range(NUM_STEPS_TRIED):
+        started_s = time.process_time()
+        allowed = np.unpackbits(
+            np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little"
+        ).nonzero()[0]
+        if matcher.is_error():
+            raise GrammarError(matcher.get_error())
+        if not len(allowed):
+            return matcher.is_accepting()
+        matcher.consume_token(int(allowed[0 if step % 2 else -1]))
+        if matcher.is_error():
+            raise GrammarError(matcher.get_error())
+        if time.process_time() - started_s > MAX_STEP_S:
+            return False
+        if matcher.is_stopped():
+            break
+    return True
 
 
 def _say(out: TextIO, verdict: str, detail: str = "") -> None:
