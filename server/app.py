@@ -19,14 +19,22 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Match, Route
 
-from server.api import chat, completions, health, limits, models, tokenize
+from server import __version__
+from server.api import chat, completions, docs_page, health, limits, models, tokenize
 from server.api import files as files_api
 from server.api.cross_origin import CrossOriginHeaders, Preflights
 from server.api.health import Lifecycle
 from server.api.json_body import error_response
 from server.api.metrics import read_engine, read_media, read_requests
-from server.api.middleware import Authentication, BodyLimit, RequestRecord
+from server.api.middleware import (
+    OPEN_PATHS,
+    Authentication,
+    BodyLimit,
+    HeadAsGet,
+    RequestRecord,
+)
 from server.api.models import ServedModel
+from server.api.openapi import openapi_document
 from server.api.rate_limits import RateLimits
 from server.chat.media import MediaReader
 from server.chat.prepare import Preparer
@@ -118,12 +126,21 @@ def build_app(
         metrics.add_reading(partial(read_media, media_reader))
 
     routers = ROUTERS if files is None else ROUTERS + FILE_ROUTERS
+    open_paths = OPEN_PATHS
+    if http.shows_docs:
+        document = openapi_document(
+            http, version=__version__, model_name=model.name, has_files=files is not None
+        )
+        app.state.description = docs_page.described(document)
+        routers = (*routers, docs_page.router)
+        open_paths |= docs_page.PATHS
     for router in routers:
         app.include_router(router)
     app.add_exception_handler(ServerError, _answer_server_error)
     routes = [route for router in routers for route in router.routes]
     app.add_exception_handler(HTTPException, partial(_answer_routing_error, routes))
     # The last one added is the outermost.
+    app.add_middleware(HeadAsGet)
     app.add_middleware(
         BodyLimit,
         max_bytes=http.max_body_bytes,
@@ -131,7 +148,7 @@ def build_app(
         receive_timeout_s=http.receive_timeout_s,
     )
     app.add_middleware(RateLimits, api_keys=http.api_keys, metrics=metrics)
-    app.add_middleware(Authentication, api_keys=http.api_keys)
+    app.add_middleware(Authentication, api_keys=http.api_keys, open_paths=open_paths)
     if http.cors_origins:
         app.add_middleware(Preflights, origins=http.cors_origins)
     app.add_middleware(
@@ -190,6 +207,8 @@ async def _answer_routing_error(
             for route in routes
             if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE
         ]
-        methods = sorted({method for route in matching for method in route.methods or ()})
-        return error_response(MethodNotAllowed(), headers={"allow": ", ".join(methods)})
+        methods = {method for route in matching for method in route.methods or ()}
+        if "GET" in methods:
+            methods.add("HEAD")
+        return error_response(MethodNotAllowed(), headers={"allow": ", ".join(sorted(methods))})
     return error_response(UnknownUrl())

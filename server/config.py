@@ -78,6 +78,7 @@ class HttpConfig(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=Tr
     api_keys: Annotated[Mapping[str, ApiKey], Field(repr=False)] = {}
     api_keys_file: Path | None = None
     cors_origins: tuple[str, ...] = ()
+    docs: bool | None = None
     strict: bool = False
     max_body_bytes: PositiveInt = 64 * _MIB
     max_multipart_bytes: PositiveInt = 129 * _MIB
@@ -88,6 +89,11 @@ class HttpConfig(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=Tr
     keep_alive_timeout_s: PositiveInt = 15
     request_timeout_s: PositiveFloat = 600.0
     drain_timeout_s: PositiveInt = 30
+
+    @property
+    def shows_docs(self) -> bool:
+        """Whether the API's description is public: where nobody needs a key, or it is wanted."""
+        return not self.api_keys if self.docs is None else self.docs
 
     @field_validator("api_keys", mode="before")
     @classmethod

@@ -1,8 +1,9 @@
 """What every request passes before routing: an id, a log line, its key, and limits on its body.
 
-Three plain ASGI layers, outermost first: `RequestRecord`, `Authentication`, `BodyLimit`. They
-decide on `scope["path"]` and headers alone, never on the Host header, and read no body to decide.
-`app` says which layers of other files stand between them. Must not know what any endpoint does.
+Four plain ASGI layers, outermost first: `RequestRecord`, `Authentication`, `BodyLimit` and
+`HeadAsGet`. They decide on `scope["path"]` and headers alone, never on the Host header, and read no
+body to decide. `app` says which layers of other files stand between them. Must not know what any
+endpoint does.
 
 In `scope["state"]` the endpoints find `request_id` and `tenant`, and may leave
 `num_unknown_parameters` for the log. One that sees its client leave raises `ClientGone`.
@@ -19,7 +20,7 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Final
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -228,14 +229,17 @@ class _Record:
 
 
 class Authentication:
-    """Deny by default: every path but the two open ones needs the Bearer key of a tenant.
+    """Deny by default: every path but the `open_paths` needs the Bearer key of a tenant.
 
     Keys are known by their SHA-256 only; a presented key is compared with all of them in constant
     time. Methods that no route has are refused here, so that no later layer can answer them.
     """
 
-    def __init__(self, app: ASGIApp, *, api_keys: Mapping[str, ApiKey]) -> None:
+    def __init__(
+        self, app: ASGIApp, *, api_keys: Mapping[str, ApiKey], open_paths: Collection[str]
+    ) -> None:
         self._app = app
+        self._open_paths = open_paths
         self._digests = {name: bytes.fromhex(key.sha256) for name, key in api_keys.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -243,10 +247,12 @@ class Authentication:
             await self._app(scope, receive, send)
             return
         if scope["method"] in _NEVER_ROUTED:
-            refusal = error_response(MethodNotAllowed(), headers={"allow": "GET, POST, DELETE"})
+            refusal = error_response(
+                MethodNotAllowed(), headers={"allow": "GET, HEAD, POST, DELETE"}
+            )
             await refusal(scope, receive, send)
             return
-        if scope["path"] not in OPEN_PATHS:
+        if scope["path"] not in self._open_paths:
             tenant = self._tenant(Headers(scope=scope))
             if tenant is None:
                 await error_response(InvalidApiKey())(scope, receive, send)
@@ -322,6 +328,18 @@ class BodyLimit:
             return message
 
         await self._app(scope, counted, send)
+
+
+class HeadAsGet:
+    """HEAD is answered as GET; the server below sends the headers and leaves out the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
 
 
 def _refusal(headers: Headers, max_bytes: int) -> ServerError | None:

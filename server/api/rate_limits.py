@@ -16,7 +16,6 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.json_body import error_response
-from server.api.middleware import OPEN_PATHS
 from server.chat.tokenizer import TokenStream
 from server.config import ApiKey
 from server.core import TokenEvent
@@ -173,7 +172,7 @@ class ChargedStream:
 
 
 class RateLimits:
-    """Behind `Authentication`: every request but those for the open paths counts for its key.
+    """Behind `Authentication`: every request counts for its key, but those that needed none.
 
     Only a POST can cost tokens, so only a POST is refused for the lack of them.
     """
@@ -200,10 +199,11 @@ class RateLimits:
         self._unlimited = Allowance(metrics, clock)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+        tenant = scope["state"].get("tenant") if scope["type"] == "http" else None
+        if tenant is None:
             await self._app(scope, receive, send)
             return
-        allowance = self._allowances.get(scope["state"]["tenant"], self._unlimited)
+        allowance = self._allowances.get(tenant, self._unlimited)
         scope["state"]["allowance"] = allowance
 
         async def send_with_headers(message: Message) -> None:

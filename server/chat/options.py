@@ -18,6 +18,7 @@ from server.errors import InvalidRequest, InvalidType, UnknownParameter, quoted
 
 Detail = Literal["auto", "low", "high"]
 
+MIN_FPS = 0.001
 MAX_FPS = 1_000.0
 
 _INT64_MAX = 2**63 - 1
@@ -70,7 +71,7 @@ def parse_options(value: object, path: str, *, kind: MediaKind | None = None) ->
     options = MediaOptions(
         detail=parse_detail(value.get("detail"), f"{path}.detail"),
         max_grids=_integer(value.get("max_grids"), f"{path}.max_grids"),
-        fps=_number(value.get("fps"), f"{path}.fps", least=0.001, most=MAX_FPS),
+        fps=_number(value.get("fps"), f"{path}.fps", least=MIN_FPS, most=MAX_FPS),
         num_frames=_integer(value.get("num_frames"), f"{path}.num_frames"),
         max_frames=_integer(value.get("max_frames"), f"{path}.max_frames"),
         start_s=_number(value.get("start_s"), f"{path}.start_s", least=0.0, most=math.inf),

@@ -167,7 +167,7 @@ def test_methods_that_no_route_has(locked: Server, method: str, path: str) -> No
         response = locked.http.request(method, path)
         assert_error(response, 405, "method_not_allowed")
         headers = dict(response.headers)
-    assert headers["allow"] == "GET, POST, DELETE"
+    assert headers["allow"] == "GET, HEAD, POST, DELETE"
     assert not any(name.startswith("access-control") for name in headers)
 
 
@@ -177,10 +177,10 @@ def test_methods_that_no_route_has(locked: Server, method: str, path: str) -> No
         ("GET", URL, "POST"),
         ("PUT", URL, "POST"),
         ("HEAD", URL, "POST"),
-        ("POST", "/v1/models", "GET"),
-        ("DELETE", "/v1/models/fakes/tiny", "GET"),
-        ("POST", "/health", "GET"),
-        ("DELETE", "/ready", "GET"),
+        ("POST", "/v1/models", "GET, HEAD"),
+        ("DELETE", "/v1/models/fakes/tiny", "GET, HEAD"),
+        ("POST", "/health", "GET, HEAD"),
+        ("DELETE", "/ready", "GET, HEAD"),
     ],
 )
 def test_the_wrong_method_is_told_the_right_one(
@@ -191,8 +191,18 @@ def test_the_wrong_method_is_told_the_right_one(
     assert response.headers["allow"] == allow
 
 
+@pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", "/v1/models/fakes/tiny"])
+def test_head_is_get_without_the_body(shared_server: Server, path: str) -> None:
+    whole, head = shared_server.http.get(path), shared_server.http.head(path)
+    assert head.status_code == whole.status_code == 200
+    assert head.content == b""
+    for name in ("content-type", "content-length"):
+        assert head.headers[name] == whole.headers[name]
+    assert_error(shared_server.http.head("/nope"), 404, "unknown_url")
+
+
 @pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/chat/completions/", "/v1/chat//completions", "/docs", "/redoc"]
+    "path", ["/", "/v1", "/v1/chat/completions/", "/v1/chat//completions", "/docs/", "/redoc"]
 )
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_unknown_routes(shared_server: Server, method: str, path: str) -> None:
