@@ -10,11 +10,12 @@
 #                   [ONLY=limits,engine,http,media] [LABEL=]; results in benchmarks/results
 #   make demo-model train the embedded demo model again (hours): build/demo-model/export is what to
 #                   copy to server/demo; run again, it goes on where it was stopped
+#   make compatibility  write docs/compatibility.md again, from the code
 #   make docker-check  replay the image's install and start steps without a container engine
 #   make clean      remove the environment and what was built, but not build/demo-model
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-long check fix bench demo-model docker-check clean
+.PHONY: help serve test test-long check fix bench demo-model compatibility docker-check clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -75,6 +76,9 @@ bench: $(BENCH_STAMP)
 
 demo-model: $(STAMP)
 	$(BIN)/python -m tools.demo_model
+
+compatibility: $(STAMP)
+	$(BIN)/python -m tools.compatibility
 
 docker-check:
 	docker/replay.sh

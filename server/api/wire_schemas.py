@@ -23,10 +23,12 @@ from server.api.limits import (
 )
 from server.api.schemas import (
     COMPLETION_UNSUPPORTED,
+    MAX_METADATA,
     MAX_METADATA_KEY_CHARS,
     MAX_METADATA_VALUE_CHARS,
     MAX_PROMPTS,
     MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
     MAX_USER_BYTES,
     SHARED_FIELDS,
     UNSUPPORTED,
@@ -364,14 +366,14 @@ NOTES: Final[Mapping[str, str]] = {
     "max_tokens": "how long the answer may become; no more than the context leaves",
     "max_completion_tokens": "the same as `max_tokens`",
     "temperature": "0 is greedy",
-    "top_p": "above 0",
+    "top_p": "the likeliest tokens that together have this probability",
     "top_k": "0 and -1 are off",
     "min_p": "at least this share of the likeliest token as likely; 0 is off",
     "repetition_penalty": "counts prompt and answer; 1 is off",
     "presence_penalty": "counts the answer only",
     "frequency_penalty": "counts the answer only",
     "logit_bias": "token ids, each with -100 to 100",
-    "stop": f"a string or a list of them, {MAX_STOP_CHARS} characters each",
+    "stop": f"a string, or up to {MAX_STOP_STRINGS} of them; {MAX_STOP_CHARS} characters each",
     "stop_token_ids": "token ids that end the answer",
     "min_tokens": "no end before so many tokens",
     "seed": "the same seed gives the same answer",
@@ -381,13 +383,13 @@ NOTES: Final[Mapping[str, str]] = {
     "logprobs": "how likely each token was",
     "top_logprobs": "likeliest tokens at each place; only with `logprobs`",
     "stream": "`true` sends server-sent events",
-    "stream_options": "`include_usage`; only with `stream`",
-    "user": "taken and not used",
-    "safety_identifier": "taken and not used",
-    "prompt_cache_key": "taken and not used; what is alike is found without it",
+    "stream_options": "`include_usage`, only with `stream`; `include_obfuscation` changes nothing",
+    "user": f"up to {MAX_USER_BYTES} bytes; not used",
+    "safety_identifier": f"up to {MAX_USER_BYTES} bytes; not used",
+    "prompt_cache_key": f"up to {MAX_USER_BYTES} bytes; not used: what is alike is found without",
     "metadata": (
-        f"taken and not used; keys of {MAX_METADATA_KEY_CHARS} and values of "
-        f"{MAX_METADATA_VALUE_CHARS} characters"
+        f"up to {MAX_METADATA} pairs of {MAX_METADATA_KEY_CHARS} and {MAX_METADATA_VALUE_CHARS} "
+        "characters; not used"
     ),
     "service_tier": "`auto` or `default`; there is one tier",
     "response_format": "`text`, `json_object` or `json_schema`, which is always kept to",
@@ -395,6 +397,9 @@ NOTES: Final[Mapping[str, str]] = {
     "media_options": "how pictures and videos are looked at",
 }
 """A few words on each field that is honoured, for the document and the compatibility list."""
+
+HINTS: Final = ("user", "safety_identifier", "prompt_cache_key", "metadata")
+"""Fields that are checked and change nothing."""
 
 COMPLETION_NOTES: Final[Mapping[str, str]] = {
     "prompt": f"a string, token ids, or up to {MAX_PROMPTS} of either",
