@@ -25,6 +25,7 @@ from typing import Final
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.content_type import is_multipart
@@ -62,6 +63,7 @@ MULTIPART_PATHS: Final = frozenset({"/v1/files", "/v1/chat/completions"})
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
 _NEVER_ROUTED: Final = frozenset({"OPTIONS", "TRACE", "CONNECT"})
+_ALL_METHODS: Final = "GET, HEAD, POST, DELETE"
 _MAX_LOGGED_CHARS = 128
 # How much longer a client may go on sending after its answer, so that it gets to read the answer.
 _LINGER_S = 2.0
@@ -232,7 +234,8 @@ class Authentication:
     """Deny by default: every path but the `open_paths` needs the Bearer key of a tenant.
 
     Keys are known by their SHA-256 only; a presented key is compared with all of them in constant
-    time. Methods that no route has are refused here, so that no later layer can answer them.
+    time. Methods that no route has are refused as such without a key too, and then nothing is told
+    of the path.
     """
 
     def __init__(
@@ -246,16 +249,10 @@ class Authentication:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["method"] in _NEVER_ROUTED:
-            refusal = error_response(
-                MethodNotAllowed(), headers={"allow": "GET, HEAD, POST, DELETE"}
-            )
-            await refusal(scope, receive, send)
-            return
         if scope["path"] not in self._open_paths:
             tenant = self._tenant(Headers(scope=scope))
             if tenant is None:
-                await error_response(InvalidApiKey())(scope, receive, send)
+                await _refusal_without_key(scope["method"])(scope, receive, send)
                 return
             scope.setdefault("state", {})["tenant"] = tenant
         await self._app(scope, receive, send)
@@ -272,6 +269,12 @@ class Authentication:
             if secrets.compare_digest(presented, digest):
                 owner = name
         return owner if scheme.lower() == "bearer" and key else None
+
+
+def _refusal_without_key(method: str) -> Response:
+    if method in _NEVER_ROUTED:
+        return error_response(MethodNotAllowed(), headers={"allow": _ALL_METHODS})
+    return error_response(InvalidApiKey())
 
 
 class BodyLimit:
