@@ -19,6 +19,7 @@ from server.api.wire_schemas import (
     error_codes,
     error_name,
     one_of,
+    record,
     reference,
 )
 from server.config import HttpConfig
@@ -68,14 +69,17 @@ class Described:
 
 
 def _events(chunk: str) -> Schema:
-    return {
-        "type": "string",
-        "description": (
-            f"Server-sent events, each `data:` a {chunk} as JSON, at last `data: [DONE]`. "
-            "An error after the first event is one `data:` with the error object."
+    """One event of a stream."""
+    pieces = (chunk, *map(error_name, (500, 503, 504)))
+    piece = {"anyOf": [reference(each) for each in pieces]}
+    in_json = {"type": "string", "contentMediaType": JSON, "contentSchema": piece}
+    return record(
+        {"data": {"anyOf": [in_json, one_of("[DONE]")]}},
+        description=(
+            f"Server-sent events: each `data` is a {chunk} as JSON, the last one `[DONE]`. An "
+            "error after the first event is one `data` with the error object."
         ),
-        "contentMediaType": EVENTS,
-    }
+    )
 
 
 def _file_link(name: str) -> Schema:
@@ -390,7 +394,7 @@ def openapi_document(
         schemas[name]["properties"]["model"]["examples"] = [model_name]
     components: dict[str, Any] = {
         "schemas": schemas,
-        "parameters": dict(PARAMETERS),
+        "parameters": {**PARAMETERS, "name": {**PARAMETERS["name"], "example": model_name}},
         "headers": dict(HEADERS),
         "responses": {
             error_name(status): _error_response(status, has_keys=has_keys)

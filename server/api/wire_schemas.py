@@ -114,9 +114,12 @@ _OPTIONS: Final[Mapping[str, Schema]] = {
 
 def _options(*names: str, **more: Schema) -> Schema:
     fields = {name: _OPTIONS[name] for name in names} | more
-    return record(
+    options = record(
         {name: or_null(schema) for name, schema in fields.items()}, required=(), is_closed=True
     )
+    if "fps" in fields:  # with num_frames two answers to one question
+        options["anyOf"] = [{"properties": {name: _NULL}} for name in ("fps", "num_frames")]
+    return options
 
 
 _BUDGET: Final[Schema] = {
