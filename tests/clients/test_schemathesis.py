@@ -7,6 +7,7 @@ document, random requests, and chains of requests along the document's links.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,4 +30,7 @@ def test_the_server_is_as_its_document_says(server: Server, tmp_path: Path) -> N
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stdout[-20_000:] + run.stderr[-2_000:]
-    assert "Stateful" in run.stdout and "skipped" not in run.stdout
+    for phase in ("Examples", "Coverage", "Fuzzing", "Stateful"):
+        assert f"✅ {phase}" in run.stdout
+    num_cases = re.search(r"(\d+) generated, (\d+) passed", run.stdout)
+    assert num_cases is not None and num_cases[1] == num_cases[2] and int(num_cases[1]) > 5_000
