@@ -177,6 +177,8 @@ def _type_of(schema: Mapping[str, Any]) -> str:
     for word in ("anyOf", "oneOf"):
         if word in schema and "properties" not in schema:
             return " or ".join(dict.fromkeys(_type_of(each) for each in schema[word]))
+    if "const" in schema:
+        return _code(_shown(schema["const"]))
     if "enum" in schema:
         return " or ".join(_code(_shown(value)) for value in schema["enum"])
     kind = schema.get("type", "any value")

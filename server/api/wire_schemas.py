@@ -65,9 +65,27 @@ def reference(name: str) -> Schema:
 
 
 def one_of(*values: object) -> Schema:
-    """One of these values; where all of them are strings that is said too."""
-    kind = {"type": "string"} if all(isinstance(value, str) for value in values) else {}
-    return {**kind, "enum": list(values)}
+    """One of these values, each kind of them in a form of its own, as makers of clients want it."""
+    texts = [value for value in values if isinstance(value, str)]
+    forms: list[Schema] = [{"type": "string", "enum": texts}] if texts else []
+    forms += [_exactly(value) for value in values if not isinstance(value, str)]
+    return forms[0] if len(forms) == 1 else {"anyOf": forms}
+
+
+def _exactly(value: object) -> Schema:
+    match value:
+        case None:
+            return _NULL
+        case bool():
+            return {"type": "boolean", "const": value}
+        case []:
+            return {"type": "array", "items": {}, "maxItems": 0}
+        case [only]:
+            return {"type": "array", "items": one_of(only), "minItems": 1, "maxItems": 1}
+        case _ if value == {}:
+            return {"type": "object", "maxProperties": 0}
+        case _:
+            return {"const": value}
 
 
 def or_null(schema: Schema) -> Schema:
@@ -292,7 +310,7 @@ _OF_MESSAGES: Final[Mapping[str, Schema]] = {
 _JSON_SCHEMA: Final = record(
     {
         "name": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"},
-        "schema": {"type": "object", "description": "A JSON Schema."},
+        "schema": reference("JsonSchema"),
         "strict": or_null(_FLAG),
         "description": or_null(_TEXT),
     },
@@ -300,21 +318,25 @@ _JSON_SCHEMA: Final = record(
     is_closed=True,
 )
 _FORM_SCHEMAS: Final[Mapping[str, Schema]] = {
-    "json": {"type": "object", "description": "A JSON Schema."},
+    "json": reference("JsonSchema"),
     "regex": {"type": "string", "minLength": 1, "maxLength": MAX_REGEX_CHARS},
     "choice": list_of(_SOURCE, minItems=1, maxItems=MAX_ENUM_VALUES),
     "grammar": {"type": "string", "minLength": 1, "maxLength": MAX_SCHEMA_BYTES},
 }
 _FORMS: Final[Mapping[str, Schema]] = {
+    "JsonSchema": {"type": "object", "description": "A JSON Schema, with references `#/...` only"},
+    "PlainResponseFormat": record(
+        {"type": one_of("text", "json_object"), "json_schema": _NULL},
+        required=("type",),
+        is_closed=True,
+    ),
+    "NamedJsonSchema": _JSON_SCHEMA,
+    "JsonSchemaResponseFormat": record(
+        {"type": one_of("json_schema"), "json_schema": reference("NamedJsonSchema")},
+        is_closed=True,
+    ),
     "ResponseFormat": {
-        "anyOf": [
-            record(
-                {"type": one_of("text", "json_object"), "json_schema": _NULL},
-                required=("type",),
-                is_closed=True,
-            ),
-            record({"type": one_of("json_schema"), "json_schema": _JSON_SCHEMA}, is_closed=True),
-        ]
+        "anyOf": [reference("PlainResponseFormat"), reference("JsonSchemaResponseFormat")]
     },
     "StructuredOutputs": {
         **record(

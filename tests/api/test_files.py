@@ -342,11 +342,11 @@ def test_ids_that_nobody_gave(refusing: Server, file_id: str) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "allow"),
     [
-        ("PUT", URL, "GET, POST"),
-        ("DELETE", URL, "GET, POST"),
-        ("POST", f"{URL}/file-x", "DELETE, GET"),
-        ("PATCH", f"{URL}/file-x", "DELETE, GET"),
-        ("DELETE", f"{URL}/file-x/content", "GET"),
+        ("PUT", URL, "GET, HEAD, POST"),
+        ("DELETE", URL, "GET, HEAD, POST"),
+        ("POST", f"{URL}/file-x", "DELETE, GET, HEAD"),
+        ("PATCH", f"{URL}/file-x", "DELETE, GET, HEAD"),
+        ("DELETE", f"{URL}/file-x/content", "GET, HEAD"),
     ],
 )
 def test_the_wrong_method_is_told_all_right_ones(
