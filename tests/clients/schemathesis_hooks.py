@@ -24,6 +24,8 @@ def before_call(context: schemathesis.HookContext, case: Any, kwargs: dict[str, 
         body = body["request"]  # of a form
     if not isinstance(body, dict):
         return
+    if not isinstance(body.get("file", ""), str | bytes):
+        del body["file"]  # in a form it would be text, and that is a file too
     lengthen_stretches(body)
     if isinstance(body.get("model"), str):
         body["model"] = os.environ["CLIENTS_MODEL"]
