@@ -35,9 +35,9 @@ from server.api.sse import (
     in_time,
     sse_frames,
 )
+from server.chat.calls import CallPiece, WholeCall, added_up
 from server.chat.prepare import Prepared
-from server.chat.tokenizer import Delta, TokenChance, detokenize
-from server.core import FinishReason
+from server.chat.tokenizer import Delta, EndReason, TokenChance, detokenize
 from server.errors import MediaError
 
 MAX_ATTACHMENTS = 128
@@ -98,6 +98,7 @@ async def chat_completions(request: Request) -> Response:
             ChargedStream(stream, allowance),
             state.preparer.tokenizer,
             stop=prepared.stop,
+            calls=prepared.calls,
             min_tokens=prepared.request.sampling.min_tokens,
             num_choices=num_choices,
         )
@@ -133,27 +134,36 @@ class ChatShape:
 
     def __init__(self, *, has_logprobs: bool) -> None:
         self._has_logprobs = has_logprobs
-        self._begun: set[int] = set()  # the choices that have sent their role
+        self._num_begun = 0  # the choices that have sent their role
 
     def whole(self, index: int, deltas: Sequence[Delta]) -> dict[str, object]:
+        text = "".join(delta.text for delta in deltas)
+        calls = added_up(piece for delta in deltas for piece in delta.calls)
+        message: dict[str, object] = {
+            "role": "assistant",
+            "content": text or (None if calls else ""),
+            "refusal": None,
+        }
+        if calls:
+            message["tool_calls"] = [_worded(call) for call in calls]
         return {
             "index": index,
-            "message": {
-                "role": "assistant",
-                "content": "".join(delta.text for delta in deltas),
-                "refusal": None,
-            },
+            "message": message,
             "logprobs": self._logprobs(chance for delta in deltas for chance in delta.chances),
             "finish_reason": deltas[-1].finish_reason,
         }
 
     def pieces(self, delta: Delta) -> Iterator[dict[str, object]]:
-        if delta.choice not in self._begun:
-            self._begun.add(delta.choice)
-            yield _piece(delta.choice, {"role": "assistant", "content": ""})
+        # In order, whoever speaks first: OpenAI's SDK fails where choice 0 is not the first.
+        while self._num_begun <= delta.choice:
+            yield _piece(self._num_begun, {"role": "assistant", "content": ""})
+            self._num_begun += 1
         logprobs = self._logprobs(delta.chances) if delta.chances else None
         if delta.text:
             yield _piece(delta.choice, {"content": delta.text}, logprobs)
+            logprobs = None
+        for call in delta.calls:
+            yield _piece(delta.choice, {"tool_calls": [_worded_piece(call)]}, logprobs)
             logprobs = None
         if delta.finish_reason is not None:
             yield _piece(delta.choice, {}, logprobs, delta.finish_reason)
@@ -169,11 +179,29 @@ class ChatShape:
         return {"content": content, "refusal": None}
 
 
+def _worded(call: WholeCall) -> dict[str, object]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _worded_piece(piece: CallPiece) -> dict[str, object]:
+    """The first piece of a call has all that is told of it once."""
+    function = {"arguments": piece.arguments}
+    if piece.name is None:
+        return {"index": piece.index, "function": function}
+    return {
+        "index": piece.index,
+        "id": piece.id,
+        "type": "function",
+        "function": {"name": piece.name} | function,
+    }
+
+
 def _piece(
     index: int,
-    content: Mapping[str, str],
+    content: Mapping[str, object],
     logprobs: Mapping[str, object] | None = None,
-    finish_reason: FinishReason | None = None,
+    finish_reason: EndReason | None = None,
 ) -> dict[str, object]:
     return {
         "index": index,

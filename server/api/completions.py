@@ -34,8 +34,8 @@ from server.api.sse import (
     sse_frames,
 )
 from server.chat.prepare import Prepared, PromptUsage
-from server.chat.tokenizer import Delta, TokenChance, Tokenizer, detokenize
-from server.core import FinishReason, TokenLogprobs
+from server.chat.tokenizer import Delta, EndReason, TokenChance, Tokenizer, detokenize
+from server.core import TokenLogprobs
 from server.errors import RateLimited, Unavailable
 
 Start = Callable[[Prepared], Awaitable[AsyncGenerator[Delta, None]]]
@@ -266,7 +266,7 @@ class CompletionShape:
         ]
 
     def _choice(
-        self, index: int, text: str, rows: Sequence[_Row], finish_reason: FinishReason | None
+        self, index: int, text: str, rows: Sequence[_Row], finish_reason: EndReason | None
     ) -> dict[str, object]:
         logprobs = {
             "tokens": [row.token for row in rows],

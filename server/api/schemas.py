@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from server.chat.grammar import parse_constraint
 from server.chat.options import parse_request_options
 from server.chat.prepare import ChatRequest, RawPrompt
+from server.chat.tools import parse_tools
 from server.errors import (
     ArrayTooLong,
     InvalidRequest,
@@ -56,14 +57,11 @@ UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
     "functions": ([],),
     "modalities": (["text"],),
     "moderation": (),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
     "prompt_cache_options": (),
     "prompt_cache_retention": (),
     "reasoning_effort": ("none",),
     "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
     # OpenAI, older or of other endpoints
@@ -213,6 +211,9 @@ class ChatCompletionRequest(BaseModel):
     service_tier: Text | None = None
     response_format: Any = None
     structured_outputs: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: Flag | None = None
     media_options: Any = None
 
     @property
@@ -250,6 +251,7 @@ class ChatCompletionRequest(BaseModel):
             num_choices=self.n or 1,
             num_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             constraint=parse_constraint(self.response_format, self.structured_outputs),
+            tools=parse_tools(self.tools, self.tool_choice, self.parallel_tool_calls),
         )
 
 

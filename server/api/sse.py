@@ -125,7 +125,7 @@ class Answer:
                     self._media.encoded(delta.encode_times_s)
                 if delta.finish_reason is not None:
                     num_running -= 1
-                    if delta.finish_reason not in ("stop", "length"):
+                    if delta.finish_reason not in ("stop", "length", "tool_calls"):
                         # Nobody but us aborts, so an answer cut off is our fault.
                         raise ServerError()
                 yield delta

@@ -54,10 +54,14 @@ _NAMED: Final = frozenset({"properties", "patternProperties", "$defs", "definiti
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """A grammar that has not been proved yet, and the parameter it was made from."""
+    """A grammar that has not been proved yet, and the parameter it was made from.
+
+    `rule` is the same as the right side of a Lark rule; None of a whole grammar of the client's.
+    """
 
     grammar: str
     param: str
+    rule: str | None = None
 
 
 def parse_constraint(response_format: object, structured_outputs: object) -> Constraint | None:
@@ -90,7 +94,7 @@ def _of_response_format(wanted: object) -> Constraint | None:
             raise InvalidRequest(f"{path} is allowed only with that type.", param=path)
         if kind == "text":
             return None
-        return Constraint(_json_grammar({"type": "object"}), "response_format")
+        return _of_json({"type": "object"}, "response_format")
     if fields.get("json_schema") is None:
         raise MissingParameter(f"{path} is required.", param=path)
     described = _object(fields["json_schema"], path, {"name", "schema", "strict", "description"})
@@ -125,6 +129,11 @@ def _of_structured_outputs(wanted: object) -> Constraint | None:
 
 
 def _of_schema(schema: object, path: str) -> Constraint:
+    return _of_json(check_schema(schema, path), path)
+
+
+def check_schema(schema: object, path: str) -> dict[str, Any]:
+    """The same; raises what is wrong with its shape or size."""
     if not isinstance(schema, dict):
         raise InvalidType(f"{path} must be an object.", param=path)
     num_bytes = len(json.dumps(schema, ensure_ascii=False, separators=(",", ":")).encode())
@@ -138,7 +147,7 @@ def _of_schema(schema: object, path: str) -> Constraint:
         _check_strings(each, path)
     _limit(num_properties, MAX_PROPERTIES, "properties", path)
     _limit(num_values, MAX_ENUM_VALUES, "enum values", path)
-    return Constraint(_json_grammar(schema), path)
+    return schema
 
 
 def _check_strings(schema: Mapping[str, Any], path: str) -> None:
@@ -180,7 +189,7 @@ def _of_regex(regex: object, path: str) -> Constraint:
     text = _text(regex, path, MAX_REGEX_CHARS, "characters")
     # A slash would end it, and so would the end of the line.
     escaped = re.sub(r"\\.|/|\n", _escaped, text, flags=re.DOTALL)
-    return Constraint(_lark_grammar(f"start: /{escaped}/"), path)
+    return _of_rule(f"/{escaped}/", path)
 
 
 def _escaped(found: re.Match[str]) -> str:
@@ -195,13 +204,13 @@ def _of_choice(choices: object, path: str) -> Constraint:
     _limit(len(choices), MAX_ENUM_VALUES, "items", path)
     texts = [_text(each, f"{path}[{index}]") for index, each in enumerate(choices)]
     _limit(sum(len(text.encode()) for text in texts), MAX_SCHEMA_BYTES, "bytes", path)
-    return Constraint(_lark_grammar("start: " + " | ".join(map(json.dumps, texts))), path)
+    return _of_rule(" | ".join(map(json.dumps, texts)), path)
 
 
 def _of_grammar(grammar: object, path: str) -> Constraint:
     text = _text(grammar, path)
     _limit(len(text.encode()), MAX_SCHEMA_BYTES, "bytes", path)
-    return Constraint(_lark_grammar(text), path)
+    return Constraint(lark_grammar(text), path)
 
 
 _FORMS: Final[Mapping[str, Callable[[object, str], Constraint]]] = {
@@ -212,11 +221,24 @@ _FORMS: Final[Mapping[str, Callable[[object, str], Constraint]]] = {
 }
 
 
-def _json_grammar(schema: dict[str, Any]) -> str:
-    return json.dumps({"grammars": [{"json_schema": {**schema, "x-guidance": _JSON_OPTIONS}}]})
+def _of_json(schema: Mapping[str, Any], path: str) -> Constraint:
+    grammar = {"json_schema": {**schema, "x-guidance": _JSON_OPTIONS}}
+    return Constraint(json.dumps({"grammars": [grammar]}), path, json_rule(schema))
 
 
-def _lark_grammar(text: str) -> str:
+def _of_rule(rule: str, path: str) -> Constraint:
+    return Constraint(lark_grammar(f"start: {rule}"), path, rule)
+
+
+def json_rule(schema: Mapping[str, Any], *, separators: tuple[str, str] = (",", ":")) -> str:
+    """The right side of a Lark rule for JSON of this schema; `separators` are expressions."""
+    item, key = separators
+    options = _JSON_OPTIONS | {"item_separator": item, "key_separator": key}
+    return "%json " + json.dumps({**schema, "x-guidance": options})
+
+
+def lark_grammar(text: str) -> str:
+    """A grammar in Lark's form as llguidance takes it."""
     return json.dumps({"grammars": [{"lark_grammar": text}]})
 
 

@@ -8,13 +8,15 @@ engine; the facts about the checkpoint come as plain values, so it never reads a
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, field
 from functools import partial
 from typing import TypeVar, get_args
 
+from server.chat.calls import CallFormat
 from server.chat.grammar import Constraint
 from server.chat.media import Attachments, LeftOut, MediaReader, MediaReport, Medium
 from server.chat.options import NO_OPTIONS, MediaOptions, check_limits
@@ -28,6 +30,7 @@ from server.chat.parts import (
 )
 from server.chat.template import ChatTemplate
 from server.chat.tokenizer import Tokenizer
+from server.chat.tools import Function, Tools, answer_grammar, arguments_form
 from server.config import MediaConfig
 from server.core import (
     GenerationRequest,
@@ -40,6 +43,7 @@ from server.core import (
 from server.errors import (
     InvalidPrompt,
     InvalidRequest,
+    InvalidSchema,
     InvalidType,
     PromptTooLong,
     Unavailable,
@@ -48,6 +52,8 @@ from server.errors import (
 from server.grammar.prover import Prover
 
 MAX_BYTES_PER_CONTEXT_TOKEN = 16
+
+TURN_START = "<|im_start|>"
 
 MAX_ENCODES_WAITING = 1_024
 """Prompts that may wait for the thread that encodes them."""
@@ -108,10 +114,16 @@ class ChatRequest:
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
     constraint: Constraint | None = None
+    tools: Tools | None = None
     priority: int = 0
     media_options: MediaOptions = NO_OPTIONS
     visual_token_budget: int | None = None
     prompt: RawPrompt | None = None
+
+    @property
+    def functions(self) -> tuple[Function, ...]:
+        """Those that the model is told of."""
+        return () if self.tools is None else self.tools.functions
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +144,7 @@ class Prepared:
     """A request for the engine with the pixels beside it, and what its answer is cut with.
 
     `reports` tell of each medium in the order of the request, with its place in `request.vision`.
+    `calls` says how calls in the answer are told from its text; None where there can be none.
     """
 
     request: GenerationRequest
@@ -139,6 +152,7 @@ class Prepared:
     stop: tuple[str, ...]
     usage: PromptUsage
     reports: tuple[tuple[MediaReport, int | None], ...] = ()
+    calls: CallFormat | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +187,7 @@ class Preparer:
         self._template = template
         self._limits = limits
         self._media = media
-        self._prover = prover
+        self.prover = prover
         self._prompt_pool = ThreadPoolExecutor(1, thread_name_prefix="prompt")
         self._num_encoding = 0
 
@@ -195,12 +209,16 @@ class Preparer:
         attachments: Attachments | None = None,
     ) -> Prepared:
         """Everything that can be found wrong with a request before it is admitted is found here."""
-        grammar = None
+        constraint = None
+        calls = None
         param = "messages" if request.prompt is None else request.prompt.param
         if request.prompt is None:
             messages = parse_messages(request.messages, self._limits)
-            self._check_text_bytes(messages)
-            grammar = await self._grammar(request, tenant)
+            self._check_text_bytes(messages, request.functions)
+            calls = self._call_format(request.tools)
+            constraint = self._constraint(request, calls)
+            if constraint is not None:
+                await self._prove(constraint, request, tenant)
             prompt = await self._prompt(messages, request, tenant=tenant, attachments=attachments)
         else:
             prompt = _Prompt(tuple(await self.encode_raw(request.prompt)))
@@ -212,11 +230,14 @@ class Preparer:
                 request_id=request_id,
                 tenant=tenant,
                 prompt_ids=prompt.ids,
-                sampling=self._sampling(request, max_tokens=max_tokens),
+                sampling=self._sampling(
+                    request, max_tokens=max_tokens, has_calls=calls is not None
+                ),
                 vision=tuple(medium.vision for medium in media),
                 vision_starts=prompt.starts,
                 num_choices=request.num_choices,
-                grammar=grammar,
+                grammar=None if constraint is None else constraint.grammar,
+                grammar_special_ids=() if calls is None else calls.special_ids,
                 priority=request.priority,
             ),
             tiles=tuple(medium.tiles for medium in media),
@@ -227,6 +248,7 @@ class Preparer:
                 video_tokens=_num_tokens(media, "video"),
             ),
             reports=prompt.reports,
+            calls=calls,
         )
 
     async def encode_raw(self, prompt: RawPrompt, *, add_special_tokens: bool = True) -> list[int]:
@@ -300,11 +322,31 @@ class Preparer:
         finally:
             self._num_encoding -= 1
 
-    async def _grammar(self, request: ChatRequest, tenant: str) -> str | None:
-        """That of the request, proved."""
-        constraint = request.constraint
-        if constraint is None:
+    def _call_format(self, tools: Tools | None) -> CallFormat | None:
+        """How the answer's calls will look; None where it may make none."""
+        if tools is None or tools.mode == "none":
             return None
+        start, end = self.tokenizer.special.get(TURN_START), self.facts.im_end_id
+        if start is None or end is None:
+            raise UnsupportedParameter(
+                "This model's tokenizer lacks the tokens that calls are made of.", param="tools"
+            )
+        return CallFormat(start, end, is_begun=tools.mode == "required")
+
+    @staticmethod
+    def _constraint(request: ChatRequest, calls: CallFormat | None) -> Constraint | None:
+        """The form of the whole answer, which nothing has proved yet."""
+        if request.tools is None or calls is None:
+            return request.constraint
+        return answer_grammar(
+            request.tools,
+            request.constraint,
+            turn_start_id=calls.turn_start_id,
+            turn_end_id=calls.turn_end_id,
+        )
+
+    async def _prove(self, constraint: Constraint, request: ChatRequest, tenant: str) -> None:
+        """That an answer can be made by it; refuses what else is asked for and cannot be kept."""
         for name, said in (
             ("stop_token_ids", request.stop_token_ids),
             ("ignore_eos", request.ignore_eos),
@@ -315,8 +357,16 @@ class Preparer:
                     "answer may end.",
                     param=name,
                 )
-        await self._prover.prove(constraint.grammar, param=constraint.param, tenant=tenant)
-        return constraint.grammar
+        try:
+            await self._prove_one(constraint, tenant)
+        except InvalidSchema:
+            # It may be one of the functions that is at fault: then that one is told.
+            for function in request.functions:
+                await self._prove_one(arguments_form(function), tenant)
+            raise
+
+    async def _prove_one(self, constraint: Constraint, tenant: str) -> None:
+        await self.prover.prove(constraint.grammar, param=constraint.param, tenant=tenant)
 
     async def _prompt(
         self,
@@ -370,16 +420,25 @@ class Preparer:
 
     async def _encode(self, messages: Sequence[Message], request: ChatRequest) -> list[int]:
         """The prompt's ids with one placeholder for each medium."""
-        ids = await self._in_thread(partial(self._template.encode, messages))
+        tools = request.tools
+        begins_call = tools is not None and tools.mode == "required"
+        encode = self._template.encode
+        ids = await self._in_thread(
+            partial(encode, messages, request.functions, begins_call=begins_call)
+        )
         self._check_context(len(ids), request.max_tokens, param="messages")
         return ids
 
-    def _check_text_bytes(self, messages: Sequence[Message]) -> None:
+    def _check_text_bytes(
+        self, messages: Sequence[Message], functions: Sequence[Function] = ()
+    ) -> None:
         """Refuse text that cannot fit whatever it says, without encoding it."""
-        num_bytes = 0
+        num_bytes = sum(_num_bytes((each.description, _json(each.schema))) for each in functions)
+        self._check_bytes(num_bytes, "tools")
         for index, message in enumerate(messages):
             hints = (text for part in message.media for text in astuple(part.hints))
-            num_bytes += sum(len(text.encode("utf-8")) for text in (*message.texts, *hints))
+            arguments = (_json(call.arguments) for call in message.calls)
+            num_bytes += _num_bytes((*message.texts, *hints, *arguments))
             self._check_bytes(num_bytes, f"messages[{index}].content")
 
     def _check_bytes(self, num_bytes: int, param: str) -> None:
@@ -412,7 +471,9 @@ class Preparer:
             )
         return max_tokens
 
-    def _sampling(self, request: ChatRequest, *, max_tokens: int) -> SamplingParams:
+    def _sampling(
+        self, request: ChatRequest, *, max_tokens: int, has_calls: bool
+    ) -> SamplingParams:
         defaults, neutral = self.facts.defaults, SamplingParams(max_tokens)
         if request.min_tokens > max_tokens:
             raise InvalidRequest(
@@ -423,8 +484,8 @@ class Preparer:
         ends = list(request.stop_token_ids)
         if not request.ignore_eos:
             ends += self.facts.stop_token_ids
-            if self.facts.im_end_id is not None:
-                ends.append(self.facts.im_end_id)  # without tools nothing can follow it
+            if self.facts.im_end_id is not None and not has_calls:
+                ends.append(self.facts.im_end_id)  # nothing but a call can follow it
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=_first(request.temperature, defaults.temperature, neutral.temperature),
@@ -443,6 +504,14 @@ class Preparer:
             num_logprobs=request.num_logprobs,
             num_prompt_logprobs=request.num_prompt_logprobs,
         )
+
+
+def _num_bytes(texts: Iterable[str]) -> int:
+    return sum(len(text.encode("utf-8")) for text in texts)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _refuse_placeholders(ids: Sequence[int], param: str, spec: VisionSpec | None) -> None:

@@ -13,7 +13,7 @@ from server.model.config import read_checkpoint
 CONTEXT = 200
 
 
-def demo_preparer() -> Preparer:
+def demo_preparer(context_length: int = CONTEXT) -> Preparer:
     """A real preparer for text, with a short context. What it is told of pictures it refuses."""
     info = read_checkpoint(find_checkpoint(None).folder)
     spec = info.vision
@@ -25,7 +25,7 @@ def demo_preparer() -> Preparer:
         info.path, tokenizer, revision_layout=info.revision_layout, vision=spec
     )
     facts = ModelFacts(
-        context_length=CONTEXT,
+        context_length=context_length,
         stop_token_ids=info.stop_token_ids,
         im_end_id=info.turn_end_token_id,
         vision=spec,

@@ -282,7 +282,7 @@ async def test_a_prompt_too_long_without_its_pictures_saves_their_decoding(
 async def test_hopelessly_long_text_is_never_encoded(
     preparer: Preparer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> list[int]:
+    def fail(*_: object, **__: object) -> list[int]:
         raise AssertionError("encoded")
 
     monkeypatch.setattr(ChatTemplate, "encode", fail)

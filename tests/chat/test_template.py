@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from server.chat.parts import HINT_FIELDS, parse_messages
 from server.chat.template import DOCUMENTED_LAYOUT, ChatTemplate, read_template
 from server.chat.tokenizer import Tokenizer
+from server.chat.tools import Function
 from server.config import MediaConfig
 from server.core import VisionSpec
 from server.errors import CheckpointError, InvalidPrompt, UnsupportedParameter
@@ -30,6 +31,10 @@ from tests.chat.conftest import (
 
 PICTURE = {"type": "image", "image": "AAAA"}
 CLIP = {"type": "video", "video": "AAAA"}
+ONLY_TOOLS_MISSING = (
+    "the checkpoint's chat template cannot render tools: "
+    "the documented layout is used for such conversations"
+)
 
 
 def text(words: str) -> dict[str, str]:
@@ -210,7 +215,7 @@ def test_the_older_release_gets_one_part_a_message(
         "<|im_start|>user\nWhy?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert older.notes == ()
+    assert older.notes == (ONLY_TOOLS_MISSING,)
 
 
 def test_the_older_release_sees_a_video_as_a_picture_entry(
@@ -230,7 +235,7 @@ def test_any_template_renders_text_whatever_the_layout_says(
     tokenizer: Tokenizer, layout: Any, template: str, content: Any
 ) -> None:
     prompts = ChatTemplate(tokenizer, template=template, revision_layout=layout)
-    assert prompts.notes == ()
+    assert prompts.notes == (ONLY_TOOLS_MISSING,)
     words = shown(tokenizer, encode(prompts, {"role": "system", "content": "S"}, user(content)))
     assert words.endswith(
         "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n안녕<|im_end|>\n<|im_start|>assistant\n"
@@ -283,7 +288,7 @@ def test_a_template_that_cannot_show_a_video_is_helped_out(
         prompts = ChatTemplate(tokenizer, template=blind, revision_layout="main", vision=vision)
     assert len(caplog.records) == 1
     assert prompts.notes == (
-        "the checkpoint's chat template cannot render videos: "
+        "the checkpoint's chat template cannot render videos and tools: "
         "the documented layout is used for such conversations",
     )
     with_picture = user([PICTURE, text("x")])
@@ -329,7 +334,7 @@ def test_what_nothing_can_render_is_refused(
     plain = Tokenizer(json.dumps(description | {"added_tokens": added}))
     prompts = ChatTemplate(plain, template=STRING_TEMPLATE, revision_layout="main", vision=vision)
     assert prompts.notes == (
-        "the checkpoint's chat template cannot render pictures and videos: "
+        "the checkpoint's chat template cannot render pictures and videos and tools: "
         "the server refuses such conversations",
     )
     encode(prompts, user("x"))
@@ -365,7 +370,7 @@ def test_a_template_may_refuse_a_conversation(tokenizer: Tokenizer) -> None:
         "{%- endif -%}" + STRING_TEMPLATE
     )
     prompts = ChatTemplate(tokenizer, template=picky, revision_layout="text")
-    assert prompts.notes == ()
+    assert prompts.notes == (ONLY_TOOLS_MISSING,)
     with pytest.raises(InvalidPrompt) as caught:
         encode(prompts, user("x"), {"role": "assistant", "content": "y"})
     assert "last word" not in caught.value.message
@@ -492,3 +497,88 @@ def _minimal() -> str:
             "model": {"type": "BPE", "vocab": byte_symbols(), "merges": []},
         }
     )
+
+
+FUNCTION = Function(
+    "weather", "Its <|im_end|>", {"type": "object", "properties": {"<|stop|>": {}}}, ""
+)
+CALLED: list[dict[str, Any]] = [
+    {
+        "role": "assistant",
+        "content": "Hm.",
+        "tool_calls": [{"id": "a", "function": {"name": "weather", "arguments": '{"x":"한"}'}}],
+    },
+    {"role": "tool", "tool_call_id": "a", "content": "sunny <|im_end|>"},
+]
+SHOWN_CALLS = (
+    "<|im_start|>assistant\nHm.<|im_end|>\n"
+    '<|im_start|>assistant -> tool/function_call\n[{"name": "weather", "arguments": {"x": "한"}}]'
+    "<|im_end|><|stop|>\n"
+    "<|im_start|>tool/function_call\nsunny <|im_end|><|im_end|>\n"
+)
+SHOWN_TOOLS = (
+    '<|im_start|>tool_list\n[{"name": "weather", "description": "Its <|im_end|>", '
+    '"parameters": {"type": "object", "properties": {"<|stop|>": {}}}}]<|im_end|>\n'
+)
+
+
+def test_the_documented_layout_of_tools(tokenizer: Tokenizer, documented: ChatTemplate) -> None:
+    messages = parse_messages([user("x"), *CALLED], MediaConfig())
+    ids = documented.encode(messages, [FUNCTION])
+    words = shown(tokenizer, ids)
+    system = "<|im_start|>system\n<|im_end|>\n"
+    asked = "<|im_start|>user\nx<|im_end|>\n"
+    assert words == f"{SHOWN_TOOLS}{system}{asked}{SHOWN_CALLS}<|im_start|>assistant\n"
+    # What the client wrote of special tokens is none.
+    assert ids.count(tokenizer.special["<|stop|>"]) == 1
+    assert ids.count(tokenizer.special["<|im_end|>"]) == words.count("<|im_end|>") - 2
+
+
+def test_a_call_is_begun_in_the_prompt(tokenizer: Tokenizer, documented: ChatTemplate) -> None:
+    messages = parse_messages([user("x")], MediaConfig())
+    words = shown(tokenizer, documented.encode(messages, [FUNCTION], begins_call=True))
+    assert words.endswith("x<|im_end|>\n<|im_start|>assistant -> tool/function_call\n")
+    thinking = STRING_TEMPLATE.replace("assistant\\n'", "assistant/think\\n'") + (
+        "{%- for tool in tools or [] -%}{{ tool | tojson }}{%- endfor -%}"
+        "{%- for m in messages -%}{%- for c in m.tool_calls or [] -%}{{ c | tojson }}{%- endfor -%}"
+        "{%- endfor -%}<|im_start|>assistant/think\\n"
+    )
+    other = ChatTemplate(tokenizer, template=thinking, revision_layout="text")
+    assert other.notes == ()
+    words = shown(tokenizer, other.encode(messages, [FUNCTION], begins_call=True))
+    assert words.endswith("think\\n<|im_end|>\n<|im_start|>assistant -> tool/function_call\n")
+
+
+@pytest.mark.parametrize("template", [LIST_TEMPLATE, DICT_TEMPLATE, STRING_TEMPLATE])
+def test_a_template_without_tools_is_helped_out(
+    tokenizer: Tokenizer, documented: ChatTemplate, vision: VisionSpec, template: str
+) -> None:
+    chat = ChatTemplate(tokenizer, template=template, revision_layout="main", vision=vision)
+    assert "tools" in chat.notes[0]
+    plain, called = (parse_messages([user("x"), *more], MediaConfig()) for more in ((), CALLED))
+    assert chat.encode(plain, [FUNCTION]) == documented.encode(plain, [FUNCTION])
+    assert chat.encode(called) == documented.encode(called)
+
+
+def test_a_template_that_shows_tools_is_used(tokenizer: Tokenizer) -> None:
+    template = (
+        "{%- for tool in tools or [] -%}T{{ tool.function | tojson }}{%- endfor -%}"
+        "{%- for m in messages -%}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{%- for c in m.tool_calls or [] -%}C{{ c.function | tojson }}{%- endfor -%}<|im_end|>"
+        "{%- endfor -%}<|im_start|>assistant\n"
+    )
+    chat = ChatTemplate(tokenizer, template=template, revision_layout="text")
+    assert chat.notes == ()
+    messages = parse_messages([user("x"), *CALLED], MediaConfig())
+    words = shown(tokenizer, chat.encode(messages, [FUNCTION]))
+    assert words.startswith('T{"name": "weather"')
+    assert 'Hm.C{"name": "weather", "arguments": {"x": "한"}}<|im_end|>' in words
+
+
+def test_without_the_family_s_tokens_tools_are_refused(description: dict[str, Any]) -> None:
+    added = [t for t in description["added_tokens"] if t["content"] != "<|im_start|>"]
+    plain = Tokenizer(json.dumps(description | {"added_tokens": added}))
+    chat = ChatTemplate(plain, template=STRING_TEMPLATE, revision_layout="text")
+    with pytest.raises(UnsupportedParameter) as caught:
+        chat.encode(parse_messages([user("x")], MediaConfig()), [FUNCTION])
+    assert caught.value.param == "tools"
