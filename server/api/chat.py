@@ -104,7 +104,7 @@ async def chat_completions(request: Request) -> Response:
         return Answer(
             prepared.usage,
             counted(deltas, state.metrics, num_choices=num_choices),
-            ChatShape(has_logprobs=bool(wire.logprobs)),
+            ChatShape(has_logprobs=bool(wire.logprobs), echo=prepared.echo),
             media=media,
             num_choices=num_choices,
         )
@@ -126,13 +126,17 @@ async def chat_completions(request: Request) -> Response:
 
 
 class ChatShape:
-    """Choices as messages, and as deltas of them; a choice's first piece gives its role."""
+    """Choices as messages, and as deltas of them; a choice's first piece gives its role.
+
+    Each begins with the echo, which may be empty.
+    """
 
     whole_kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def __init__(self, *, has_logprobs: bool) -> None:
+    def __init__(self, *, has_logprobs: bool, echo: str = "") -> None:
         self._has_logprobs = has_logprobs
+        self._echo = echo
         self._begun: set[int] = set()  # the choices that have sent their role
 
     def whole(self, index: int, deltas: Sequence[Delta]) -> dict[str, object]:
@@ -140,7 +144,7 @@ class ChatShape:
             "index": index,
             "message": {
                 "role": "assistant",
-                "content": "".join(delta.text for delta in deltas),
+                "content": self._echo + "".join(delta.text for delta in deltas),
                 "refusal": None,
             },
             "logprobs": self._logprobs(chance for delta in deltas for chance in delta.chances),
@@ -151,6 +155,8 @@ class ChatShape:
         if delta.choice not in self._begun:
             self._begun.add(delta.choice)
             yield _piece(delta.choice, {"role": "assistant", "content": ""})
+            if self._echo:
+                yield _piece(delta.choice, {"content": self._echo})
         logprobs = self._logprobs(delta.chances) if delta.chances else None
         if delta.text:
             yield _piece(delta.choice, {"content": delta.text}, logprobs)

@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from server.chat.grammar import parse_constraint
 from server.chat.options import parse_request_options
 from server.chat.prepare import ChatRequest, RawPrompt
+from server.chat.template import Ending
 from server.errors import (
     ArrayTooLong,
     InvalidRequest,
@@ -36,6 +37,7 @@ MAX_STOP_CHARS = 256
 MAX_STOP_IDS = 64
 MAX_BIASES = 1024
 MAX_USER_BYTES = 512
+MAX_SALT_BYTES = 512
 MAX_METADATA = 16
 MAX_METADATA_KEY_CHARS = 64
 MAX_METADATA_VALUE_CHARS = 512
@@ -68,18 +70,14 @@ UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
     "web_search_options": (),
     # OpenAI, older or of other endpoints
     "best_of": (1,),
-    "echo": (False,),
     "prompt": (),
     "suffix": ("",),
     # vLLM
-    "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
     "allowed_token_ids": ([],),
     "bad_words": ([],),
-    "cache_salt": ("",),
     "chat_template": (),
     "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
     "documents": ([],),
     "guided_choice": (),
     "guided_decoding_backend": (),
@@ -214,6 +212,10 @@ class ChatCompletionRequest(BaseModel):
     response_format: Any = None
     structured_outputs: Any = None
     media_options: Any = None
+    add_generation_prompt: Flag | None = None
+    continue_final_message: Flag | None = None
+    echo: Flag | None = None
+    cache_salt: Annotated[Text, Field(min_length=1)] | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -250,7 +252,22 @@ class ChatCompletionRequest(BaseModel):
             num_choices=self.n or 1,
             num_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             constraint=parse_constraint(self.response_format, self.structured_outputs),
+            ending=parse_ending(self.add_generation_prompt, self.continue_final_message),
+            is_echoing=bool(self.echo),
+            cache_salt=self.cache_salt or "",
         )
+
+
+def parse_ending(add_generation_prompt: bool | None, continue_final_message: bool | None) -> Ending:
+    """What the two say together; whoever continues need not say that nothing else begins."""
+    if not continue_final_message:
+        return "none" if add_generation_prompt is False else "assistant"
+    if add_generation_prompt:
+        raise InvalidRequest(
+            "continue_final_message and add_generation_prompt cannot both be true.",
+            param="continue_final_message",
+        )
+    return "open"
 
 
 SHARED_FIELDS: Final = (
@@ -277,6 +294,7 @@ SHARED_FIELDS: Final = (
     "prompt_cache_key",
     "metadata",
     "service_tier",
+    "cache_salt",
 )
 """The fields of a chat request that mean the same in a completion request."""
 
@@ -296,8 +314,12 @@ COMPLETION_UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
     name: UNSUPPORTED.get(name, ())
     for name in (*UNSUPPORTED, *ChatCompletionRequest.model_fields)
     if name not in SHARED_FIELDS and name not in CompletionFields.model_fields
-} | {"add_special_tokens": (True,)}
-"""The same as `UNSUPPORTED` for completions, where the tokenizer's own rules always apply."""
+} | {
+    "add_special_tokens": (True,),
+    "add_generation_prompt": (False,),
+    "continue_final_message": (False,),
+}
+"""The same as `UNSUPPORTED` for completions: no template, and always the tokenizer's own rules."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -466,6 +488,10 @@ def _check_together(request: ChatCompletionRequest) -> None:
                 "stream_options.continuous_usage_stats is not supported by this server.",
                 param="stream_options.continuous_usage_stats",
             )
+    if request.cache_salt is not None and len(request.cache_salt.encode()) > MAX_SALT_BYTES:
+        raise StringTooLong(
+            f"cache_salt must be at most {MAX_SALT_BYTES} bytes long.", param="cache_salt"
+        )
     _check_hints(request)
 
 
