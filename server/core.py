@@ -154,6 +154,7 @@ class GenerationRequest:
     others draw with seeds that follow from the request's. Each answer follows the `grammar`, in the
     form that llguidance takes and proved before it is sent: it ends only where that is satisfied.
     Of the special tokens it may use those of `grammar_special_ids`.
+    Only requests of one tenant with one `cache_salt` share what is kept of prompts and media.
     """
 
     request_id: str
@@ -166,6 +167,12 @@ class GenerationRequest:
     num_choices: int = 1
     grammar: str | None = None
     grammar_special_ids: tuple[int, ...] = ()
+    cache_salt: str = ""
+
+    @property
+    def cache_owner(self) -> tuple[str, str]:
+        """Whose caches it reads and fills."""
+        return self.tenant, self.cache_salt
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,7 +105,7 @@ async def chat_completions(request: Request) -> Response:
         return Answer(
             prepared.usage,
             counted(deltas, state.metrics, num_choices=num_choices),
-            ChatShape(has_logprobs=bool(wire.logprobs)),
+            ChatShape(has_logprobs=bool(wire.logprobs), echo=prepared.echo),
             media=media,
             num_choices=num_choices,
         )
@@ -127,17 +127,21 @@ async def chat_completions(request: Request) -> Response:
 
 
 class ChatShape:
-    """Choices as messages, and as deltas of them; a choice's first piece gives its role."""
+    """Choices as messages, and as deltas of them; a choice's first piece gives its role.
+
+    Each begins with the echo, which may be empty.
+    """
 
     whole_kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def __init__(self, *, has_logprobs: bool) -> None:
+    def __init__(self, *, has_logprobs: bool, echo: str = "") -> None:
         self._has_logprobs = has_logprobs
+        self._echo = echo
         self._num_begun = 0  # the choices that have sent their role
 
     def whole(self, index: int, deltas: Sequence[Delta]) -> dict[str, object]:
-        text = "".join(delta.text for delta in deltas)
+        text = self._echo + "".join(delta.text for delta in deltas)
         calls = added_up(piece for delta in deltas for piece in delta.calls)
         message: dict[str, object] = {
             "role": "assistant",
@@ -157,6 +161,8 @@ class ChatShape:
         # In order, whoever speaks first: OpenAI's SDK fails where choice 0 is not the first.
         while self._num_begun <= delta.choice:
             yield _piece(self._num_begun, {"role": "assistant", "content": ""})
+            if self._echo:
+                yield _piece(self._num_begun, {"content": self._echo})
             self._num_begun += 1
         logprobs = self._logprobs(delta.chances) if delta.chances else None
         if delta.text:

@@ -103,6 +103,7 @@ CHAT_CONSTANTS: Final[Mapping[str, int]] = {
     "max_top_logprobs": schemas.MAX_TOP_LOGPROBS,
     "max_completion_logprobs": schemas.MAX_COMPLETION_LOGPROBS,
     "max_user_bytes": schemas.MAX_USER_BYTES,
+    "max_cache_salt_bytes": schemas.MAX_SALT_BYTES,
     "max_metadata_pairs": schemas.MAX_METADATA,
     "max_schema_bytes": grammar.MAX_SCHEMA_BYTES,
     "max_schema_depth": grammar.MAX_SCHEMA_DEPTH,

@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from server.chat.grammar import parse_constraint
 from server.chat.options import parse_request_options
 from server.chat.prepare import ChatRequest, RawPrompt
+from server.chat.template import Ending
 from server.chat.tools import parse_tools
 from server.errors import (
     ArrayTooLong,
@@ -37,6 +38,7 @@ MAX_STOP_CHARS = 256
 MAX_STOP_IDS = 64
 MAX_BIASES = 1024
 MAX_USER_BYTES = 512
+MAX_SALT_BYTES = 512
 MAX_METADATA = 16
 MAX_METADATA_KEY_CHARS = 64
 MAX_METADATA_VALUE_CHARS = 512
@@ -66,18 +68,14 @@ UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
     "web_search_options": (),
     # OpenAI, older or of other endpoints
     "best_of": (1,),
-    "echo": (False,),
     "prompt": (),
     "suffix": ("",),
     # vLLM
-    "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
     "allowed_token_ids": ([],),
     "bad_words": ([],),
-    "cache_salt": ("",),
     "chat_template": (),
     "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
     "documents": ([],),
     "guided_choice": (),
     "guided_decoding_backend": (),
@@ -215,6 +213,10 @@ class ChatCompletionRequest(BaseModel):
     tool_choice: Any = None
     parallel_tool_calls: Flag | None = None
     media_options: Any = None
+    add_generation_prompt: Flag | None = None
+    continue_final_message: Flag | None = None
+    echo: Flag | None = None
+    cache_salt: Annotated[Text, Field(min_length=1)] | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -252,7 +254,22 @@ class ChatCompletionRequest(BaseModel):
             num_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             constraint=parse_constraint(self.response_format, self.structured_outputs),
             tools=parse_tools(self.tools, self.tool_choice, self.parallel_tool_calls),
+            ending=parse_ending(self.add_generation_prompt, self.continue_final_message),
+            is_echoing=bool(self.echo),
+            cache_salt=self.cache_salt or "",
         )
+
+
+def parse_ending(add_generation_prompt: bool | None, continue_final_message: bool | None) -> Ending:
+    """What the two say together; whoever continues need not say that nothing else begins."""
+    if not continue_final_message:
+        return "none" if add_generation_prompt is False else "assistant"
+    if add_generation_prompt:
+        raise InvalidRequest(
+            "continue_final_message and add_generation_prompt cannot both be true.",
+            param="continue_final_message",
+        )
+    return "open"
 
 
 SHARED_FIELDS: Final = (
@@ -279,6 +296,7 @@ SHARED_FIELDS: Final = (
     "prompt_cache_key",
     "metadata",
     "service_tier",
+    "cache_salt",
 )
 """The fields of a chat request that mean the same in a completion request."""
 
@@ -298,8 +316,12 @@ COMPLETION_UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
     name: UNSUPPORTED.get(name, ())
     for name in (*UNSUPPORTED, *ChatCompletionRequest.model_fields)
     if name not in SHARED_FIELDS and name not in CompletionFields.model_fields
-} | {"add_special_tokens": (True,)}
-"""The same as `UNSUPPORTED` for completions, where the tokenizer's own rules always apply."""
+} | {
+    "add_special_tokens": (True,),
+    "add_generation_prompt": (False,),
+    "continue_final_message": (False,),
+}
+"""The same as `UNSUPPORTED` for completions: no template, and always the tokenizer's own rules."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -468,6 +490,10 @@ def _check_together(request: ChatCompletionRequest) -> None:
                 "stream_options.continuous_usage_stats is not supported by this server.",
                 param="stream_options.continuous_usage_stats",
             )
+    if request.cache_salt is not None and len(request.cache_salt.encode()) > MAX_SALT_BYTES:
+        raise StringTooLong(
+            f"cache_salt must be at most {MAX_SALT_BYTES} bytes long.", param="cache_salt"
+        )
     _check_hints(request)
 
 

@@ -36,6 +36,10 @@ Capability: TypeAlias = MediaKind | Literal["tools"]
 
 RevisionLayout = Literal["main", "v0.1.0", "text"]
 
+Ending = Literal["assistant", "call", "none", "open"]
+"""How a prompt ends: where the assistant is to speak or to call a function, after the last message,
+or within it."""
+
 FORMS: Mapping[RevisionLayout, tuple[Form, ...]] = {
     "main": ("list", "dict", "string"),
     "v0.1.0": ("dict", "list", "string"),
@@ -136,6 +140,8 @@ _FUNCTION_WORDS: Final = frozenset(
 """What a template may look for in a function: such texts are shown as they stand."""
 
 _PROBE: Final = "probe7f3a"
+# Behind the mark of an open end; a template that leaves it there has trimmed nothing before it.
+_BEHIND_MARK: Final = "   "
 # How content looks that a template printed as it stands instead of reading it.
 _PRINTED_PART: Final = re.compile(r"""['"]type['"]: ?['"](?:text|image|video)['"]""")
 
@@ -158,6 +164,8 @@ class _Way:
     hints: Mapping[MediaKind, frozenset[str]] = field(default_factory=dict)
     # Whether it shows functions, calls of them and their results.
     has_tools: bool = False
+    # Whether `add_generation_prompt` makes a difference to it.
+    can_end_with_message: bool = False
 
     def can_render(self, what: frozenset[Capability]) -> bool:
         able: set[Capability] = {*self.rendered_as}
@@ -169,8 +177,8 @@ class _Way:
 class ChatTemplate:
     """The prompts of one checkpoint, and its special tokens by what they are for.
 
-    `encode` gives the ids of a conversation, ending where the assistant is to speak. `notes` says,
-    for the operator, where the documented layout stands in for the checkpoint's own template.
+    `encode` gives the ids of a conversation. `notes` says, for the operator, where the documented
+    layout stands in for the checkpoint's own template.
     """
 
     def __init__(
@@ -243,14 +251,15 @@ class ChatTemplate:
         messages: Sequence[Message],
         functions: Sequence[Function] = (),
         *,
-        begins_call: bool = False,
+        ending: Ending = "assistant",
     ) -> list[int]:
         """The ids of the whole prompt; each medium is one placeholder, in the order of parts.
 
-        With `begins_call` it ends where the assistant is to call one of the functions.
+        With an open end it stops behind the last message's text, which has to be there.
         """
         way = self._way_for(messages, functions)
         _refuse_unused_hints(way, messages)
+        _check_ending(way, messages, ending)
         nonce = self._disguise.new_nonce()
         try:
             rendered = self._render(
@@ -258,13 +267,16 @@ class ChatTemplate:
                 messages,
                 functions,
                 hide=lambda text: self._disguise.hide(text, nonce=nonce),
+                ending=ending,
             )
+        except InvalidPrompt:
+            raise
         except Exception as error:
             # A template is the checkpoint's code and raises what it likes, about client text too.
             raise InvalidPrompt(
                 "The model's chat template cannot render this conversation.", param="messages"
             ) from error
-        if begins_call:
+        if ending == "call":
             rendered = _with_call_head(rendered)
         ids = self._disguise.encode(rendered, nonce=nonce)
         self._check_placeholders(ids, messages)
@@ -330,7 +342,18 @@ class ChatTemplate:
     def _ways(
         self, template: str, forms: Sequence[Form], variables: Mapping[str, str]
     ) -> list[_Way]:
-        return [self._try(_Way(template, form, variables)) for form in forms]
+        tried = [self._try(_Way(template, form, variables)) for form in forms]
+        return [replace(way, can_end_with_message=self._has_head_apart(way)) for way in tried]
+
+    def _has_head_apart(self, way: _Way) -> bool:
+        """Whether the template leaves out the head of the assistant's turn when it is told to."""
+        user = Message("user", (TextPart("x"),) if "user" in way.part_roles else "x")
+        endings: tuple[Ending, ...] = ("assistant", "none")
+        with_head, without_head = (
+            self._rendered_or_none(way, [user], hide=lambda text: text, ending=ending)
+            for ending in endings
+        )
+        return without_head is not None and without_head != with_head
 
     def _try(self, blank: _Way) -> _Way:
         """The way with everything filled in that its template turns out to be able to do."""
@@ -455,9 +478,10 @@ class ChatTemplate:
         functions: Sequence[Function] = (),
         *,
         hide: Callable[[str], str],
+        ending: Ending = "assistant",
     ) -> str | None:
         try:
-            return self._render(way, messages, functions, hide=hide)
+            return self._render(way, messages, functions, hide=hide, ending=ending)
         except Exception:  # whatever a template raises, it cannot do this
             return None
 
@@ -468,23 +492,26 @@ class ChatTemplate:
         functions: Sequence[Function],
         *,
         hide: Callable[[str], str],
+        ending: Ending,
     ) -> str:
         fed: list[_RenderedMessage] = [
             {"role": message.role, "content": content, **_fed_calls(message, hide=hide)}
             for message in messages
             for content in _contents(way, message, hide=hide)
         ]
+        mark = self._disguise.new_nonce()
+        last_text = _mark_end(fed[-1], mark) if ending == "open" else ""
         rendered = self._renderer.apply_chat_template(
             fed,
             tools=[_fed_function(function, hide=hide) for function in functions] or None,
             chat_template=way.template,
             tokenize=False,
-            add_generation_prompt=True,
+            add_generation_prompt=ending in ("assistant", "call"),
             **dict[str, Any](way.variables),
         )
         if not isinstance(rendered, str):
             raise TypeError("the chat template gave no text")
-        return rendered
+        return _cut(rendered, mark, last_text) if ending == "open" else rendered
 
 
 def read_template(folder: Path) -> tuple[str | None, dict[str, str]]:
@@ -545,6 +572,50 @@ def _refuse_unused_hints(way: _Way, messages: Sequence[Message]) -> None:
                     f"This model's chat template has no place for {name} with {part.kind}s.",
                     param=f"{part.path}.{name}",
                 )
+
+
+def _check_ending(way: _Way, messages: Sequence[Message], ending: Ending) -> None:
+    if ending == "none" and not way.can_end_with_message:
+        raise UnsupportedParameter(
+            "This model's chat template does not heed add_generation_prompt.",
+            param="add_generation_prompt",
+        )
+    content = messages[-1].content
+    has_text_last = isinstance(content, str) or (content and isinstance(content[-1], TextPart))
+    if ending == "open" and (messages[-1].calls or not has_text_last):
+        raise InvalidPrompt(
+            "The last message does not end with a text that could be continued.",
+            param="continue_final_message",
+        )
+
+
+def _mark_end(message: _RenderedMessage, mark: str) -> str:
+    """Puts the mark behind the text with which a message ends; that text."""
+    content = message["content"]
+    if isinstance(content, str):
+        message["content"] = content + mark + _BEHIND_MARK
+        return content
+    last = content[-1] if isinstance(content, list) else content
+    text: str = last["text"]
+    last["text"] = text + mark + _BEHIND_MARK
+    return text
+
+
+def _cut(rendered: str, mark: str, last_text: str) -> str:
+    """All that comes before the mark.
+
+    White space at the end of the text that is continued goes where the template would have
+    trimmed it. InvalidPrompt where the text is not there as it is, once.
+    """
+    before, found, behind = rendered.partition(mark)
+    if not before.rstrip().endswith(last_text.strip()) or not found or mark in behind:
+        raise InvalidPrompt(
+            "The model's chat template cannot leave the last message open.",
+            param="continue_final_message",
+        )
+    if behind.startswith(_BEHIND_MARK):
+        return before
+    return before.removesuffix(last_text[len(last_text.rstrip()) :])
 
 
 def _contents(way: _Way, message: Message, *, hide: Callable[[str], str]) -> list[_Content]:

@@ -14,7 +14,7 @@ CONTEXT = 200
 
 
 def demo_preparer(context_length: int = CONTEXT) -> Preparer:
-    """A real preparer for text, with a short context. What it is told of pictures it refuses."""
+    """A real preparer for text, with a short context. Pictures are nothing for it."""
     info = read_checkpoint(find_checkpoint(None).folder)
     spec = info.vision
     assert spec is not None and spec.video_token_id is not None

@@ -309,3 +309,30 @@ def test_a_schema_that_cannot_be_kept_is_refused_by_its_name(scripted: Scripted)
     ):
         response = server.http.post(URL, json=body(tools=tools, tool_choice="required"))
         assert_error(response, 400, "invalid_json_schema", param=param)
+
+
+def test_tools_are_counted_by_tokenize(scripted: Scripted) -> None:
+    server = scripted([STOP])
+    asked = {"messages": [USER], "tools": [TOOL], "tool_choice": "required"}
+    counted = server.http.post("/tokenize", json=asked).json()["count"]
+    answered = server.http.post(URL, json=body(tool_choice="required")).json()
+    assert counted == answered["usage"]["prompt_tokens"]
+    plain = server.http.post("/tokenize", json={"messages": [USER]}).json()["count"]
+    assert counted > plain + 20
+    response = server.http.post("/tokenize", json={"prompt": "x", "tools": [TOOL]})
+    assert_error(response, 400, "unsupported_parameter", param="tools")
+
+
+def test_a_call_begins_only_where_the_assistant_speaks(scripted: Scripted) -> None:
+    server = scripted(["and so on.", *TURN, CALL, END, STOP])
+    messages = [USER, {"role": "assistant", "content": "Now"}]
+    fields: dict[str, Any] = {"messages": messages, "continue_final_message": True, "echo": True}
+    choice = whole(server, **fields)
+    assert choice["message"]["content"] == "Nowand so on."
+    assert choice["finish_reason"] == "tool_calls"
+    for refused in (fields | {"tool_choice": "required"}, {"add_generation_prompt": False}):
+        response = server.http.post(URL, json=body(**refused))
+        assert_error(response, 400, "invalid_value", param="tool_choice")
+    called = [USER, choice["message"] | {"refusal": None}]
+    response = server.http.post(URL, json=body(messages=called, continue_final_message=True))
+    assert_error(response, 400, "invalid_prompt", param="continue_final_message")

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.chat.parts import HINT_FIELDS, parse_messages
-from server.chat.template import DOCUMENTED_LAYOUT, ChatTemplate, read_template
+from server.chat.template import DOCUMENTED_LAYOUT, ChatTemplate, Ending, read_template
 from server.chat.tokenizer import Tokenizer
 from server.chat.tools import Function
 from server.config import MediaConfig
@@ -66,8 +66,8 @@ def older(tokenizer: Tokenizer, vision: VisionSpec) -> ChatTemplate:
     )
 
 
-def encode(template: ChatTemplate, *messages: Any) -> list[int]:
-    return template.encode(parse_messages(list(messages), MediaConfig()))
+def encode(template: ChatTemplate, *messages: Any, ending: Ending = "assistant") -> list[int]:
+    return template.encode(parse_messages(list(messages), MediaConfig()), ending=ending)
 
 
 def shown(tokenizer: Tokenizer, ids: list[int]) -> str:
@@ -387,6 +387,109 @@ def test_a_template_that_loses_a_picture_is_caught(
         encode(prompts, user([PICTURE]), user("x"), user("y"))
 
 
+def assistant(content: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content}
+
+
+@pytest.mark.parametrize("name", ["documented", "own", "older"])
+@pytest.mark.parametrize("content", ["A red", [{"type": "text", "text": "A red"}]])
+def test_a_prompt_may_end_in_three_ways(
+    name: str, content: Any, tokenizer: Tokenizer, request: pytest.FixtureRequest
+) -> None:
+    template: ChatTemplate = request.getfixturevalue(name)
+    conversation = (user("What?"), assistant(content))
+    head = "<|im_start|>assistant\n"
+    closed = shown(tokenizer, encode(template, *conversation, ending="none"))
+    assert shown(tokenizer, encode(template, *conversation)) == closed + head
+    opened = shown(tokenizer, encode(template, *conversation, ending="open"))
+    assert opened.endswith(f"{head}A red")
+    end = "<|endofturn|>" if name != "older" else ""
+    assert closed.removeprefix(opened).replace("\n", "") == f"<|im_end|>{end}"
+
+
+@pytest.mark.parametrize("name", ["documented", "own", "older"])
+def test_a_user_s_text_may_be_continued_behind_a_picture(
+    name: str, tokenizer: Tokenizer, request: pytest.FixtureRequest
+) -> None:
+    template: ChatTemplate = request.getfixturevalue(name)
+    ids = encode(template, user([PICTURE, text("What"), text("is")]), ending="open")
+    assert ids.count(tokenizer.special[IMAGE]) == 1
+    assert shown(tokenizer, ids).endswith("<|im_start|>user\nWhat<|im_end|>\n<|im_start|>user\nis")
+    for message in (user([text("x"), PICTURE]), assistant([])):
+        with pytest.raises(InvalidPrompt, match="text that could be continued") as caught:
+            encode(template, user("x"), message, ending="open")
+        assert caught.value.param == "continue_final_message"
+
+
+@pytest.mark.parametrize("name", ["documented", "own", "older"])
+def test_an_empty_message_is_continued_from_its_head(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    template: ChatTemplate = request.getfixturevalue(name)
+    begun = encode(template, user("x"), assistant(""), ending="open")
+    assert begun == encode(template, user("x"))
+
+
+TURNS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ CONTENT }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "said", "rendered"),
+    [
+        ("m.content | trim", "  A \n", "A"),
+        ("' ' + m.content | trim + ' '", " A  ", " A"),
+        ("m.content | trim", " \n", ""),
+        ("m.content", " A \n", " A \n"),
+        ("m.content + '\n'", "A ", "A "),
+        ("m.content | tojson", "A ", '"A '),
+        ("m.content.split('-')[-1]", "A", "A"),
+    ],
+)
+def test_white_space_ends_a_continued_text_as_the_template_would_have_it(
+    tokenizer: Tokenizer, content: str, said: str, rendered: str
+) -> None:
+    template = ChatTemplate(
+        tokenizer, template=TURNS.replace("CONTENT", content), revision_layout="text"
+    )
+    assert template.notes == (ONLY_TOOLS_MISSING,)
+    words = shown(tokenizer, encode(template, user("x"), assistant(said), ending="open"))
+    assert words.endswith(f"<|im_start|>assistant\n{rendered}")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "m.content.split('-')[-1]",
+        "m.content + (m.content if loop.last and m.role == 'assistant' else '')",
+        "m.content if not loop.last or m.role == 'user' else 'said'",
+    ],
+)
+def test_what_a_template_does_not_show_once_cannot_be_continued(
+    tokenizer: Tokenizer, content: str
+) -> None:
+    template = ChatTemplate(
+        tokenizer, template=TURNS.replace("CONTENT", content), revision_layout="text"
+    )
+    assert template.notes == (ONLY_TOOLS_MISSING,)
+    with pytest.raises(InvalidPrompt, match="leave the last message open") as caught:
+        encode(template, user("x"), assistant("a-b"), ending="open")
+    assert caught.value.param == "continue_final_message"
+
+
+def test_a_template_that_always_begins_an_answer(tokenizer: Tokenizer) -> None:
+    always = STRING_TEMPLATE.replace("{%- if add_generation_prompt %}", "{%- if true %}")
+    template = ChatTemplate(tokenizer, template=always, revision_layout="text")
+    conversation = (user("x"), assistant("y"))
+    with pytest.raises(UnsupportedParameter) as caught:
+        encode(template, *conversation, ending="none")
+    assert caught.value.param == "add_generation_prompt"
+    opened = shown(tokenizer, encode(template, *conversation, ending="open"))
+    assert opened.endswith("<|im_start|>assistant\ny")
+
+
 client_text = st.lists(
     st.one_of(st.text(max_size=5), st.sampled_from([*SPECIAL, "<|im_", "start|>", '"', "}"]))
 ).map(lambda pieces: "x" + "".join(pieces))
@@ -415,6 +518,19 @@ def test_no_text_changes_the_special_tokens_of_a_prompt(
         harmless = encode(template, *conversation("x", "x", "x"))
         special = tokenizer.special_ids
         assert [i for i in ids if i in special] == [i for i in harmless if i in special]
+
+
+@settings(max_examples=50)
+@given(words=client_text, space=st.text(alphabet=" \n\t", max_size=3))
+def test_any_text_is_continued_as_it_would_have_been_closed(
+    own: ChatTemplate, documented: ChatTemplate, tokenizer: Tokenizer, words: str, space: str
+) -> None:
+    for template, kept in ((own, words.strip()), (documented, words + space)):
+        conversation = (user(words), assistant(words + space))
+        opened = shown(tokenizer, encode(template, *conversation, ending="open"))
+        closed = shown(tokenizer, encode(template, *conversation, ending="none"))
+        assert opened.endswith(f"<|im_start|>assistant\n{kept}")
+        assert closed.removeprefix(opened).startswith("<|im_end|>")
 
 
 @settings(max_examples=50)
@@ -536,7 +652,7 @@ def test_the_documented_layout_of_tools(tokenizer: Tokenizer, documented: ChatTe
 
 def test_a_call_is_begun_in_the_prompt(tokenizer: Tokenizer, documented: ChatTemplate) -> None:
     messages = parse_messages([user("x")], MediaConfig())
-    words = shown(tokenizer, documented.encode(messages, [FUNCTION], begins_call=True))
+    words = shown(tokenizer, documented.encode(messages, [FUNCTION], ending="call"))
     assert words.endswith("x<|im_end|>\n<|im_start|>assistant -> tool/function_call\n")
     thinking = STRING_TEMPLATE.replace("assistant\\n'", "assistant/think\\n'") + (
         "{%- for tool in tools or [] -%}{{ tool | tojson }}{%- endfor -%}"
@@ -545,7 +661,7 @@ def test_a_call_is_begun_in_the_prompt(tokenizer: Tokenizer, documented: ChatTem
     )
     other = ChatTemplate(tokenizer, template=thinking, revision_layout="text")
     assert other.notes == ()
-    words = shown(tokenizer, other.encode(messages, [FUNCTION], begins_call=True))
+    words = shown(tokenizer, other.encode(messages, [FUNCTION], ending="call"))
     assert words.endswith("think\\n<|im_end|>\n<|im_start|>assistant -> tool/function_call\n")
 
 
