@@ -35,6 +35,19 @@ class TokenChance:
 
 
 @dataclass(frozen=True, slots=True)
+class CallPiece:
+    """The next piece of one call: the first has its id and name, the others JSON of its arguments.
+
+    `index` numbers the calls of one choice.
+    """
+
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """The next piece of one choice. The last one of a choice, and only it, has a finish reason.
 
@@ -55,6 +68,7 @@ class Delta:
     chances: tuple[TokenChance, ...] = ()
     starts: tuple[int, ...] = ()
     prompt_chances: tuple[TokenChance | None, ...] | None = None
+    calls: tuple[CallPiece, ...] = ()
 
 
 class TokenStream(Protocol):
