@@ -30,6 +30,7 @@ UNSUPPORTED_ITEM_TYPES: Final = frozenset(
     {
         *("additional_tools", "apply_patch_call", "apply_patch_call_output"),
         *("code_interpreter_call", "compaction", "compaction_trigger", "computer_call"),
+        "configuration_update",
         *("computer_call_output", "custom_tool_call", "custom_tool_call_output"),
         *("file_search_call", "image_generation_call", "item_reference", "local_shell_call"),
         *("local_shell_call_output", "mcp_approval_request", "mcp_approval_response", "mcp_call"),
@@ -45,7 +46,7 @@ UNSUPPORTED_TOOL_TYPES: Final = frozenset(
         *("web_search_preview", "web_search_preview_2025_03_11"),
     }
 )
-UNSUPPORTED_CHOICE_TYPES: Final = UNSUPPORTED_TOOL_TYPES | {"allowed_tools"}
+UNSUPPORTED_CHOICE_TYPES: Final = UNSUPPORTED_TOOL_TYPES | {"allowed_tools", "computer_use"}
 
 _ECHOED: Final = frozenset({"type", "id", "status"})
 """What an item says that was sent as output before: the answer does not depend on it."""

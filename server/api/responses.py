@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -93,12 +94,14 @@ async def _whole(begin: Begin) -> dict[str, object]:
 
 
 async def _sent(begin: Begin, frames: EventFrames) -> AsyncGenerator[bytes, None]:
-    """The response in events, which end without a `[DONE]`."""
+    """The response in events, which end without a `[DONE]`.
+
+    The first of them wait for the first token: until it comes an error can be a plain answer.
+    """
     answer, words = await begin()
-    for event in words.opening():
-        yield frames.frame(event)
+    opening = words.opening()
     async with contextlib.aclosing(answer.deltas()) as deltas:
         async for delta in deltas:
-            for event in words.events(delta):
+            for event in itertools.chain(opening, words.events(delta)):
                 yield frames.frame(event)
     yield frames.frame(words.closing(answer))
