@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Match, Route
 
-from server.api import chat, completions, health, limits, models, tokenize
+from server.api import chat, completions, health, limits, models, responses, tokenize
 from server.api import files as files_api
 from server.api.cross_origin import CrossOriginHeaders, Preflights
 from server.api.health import Lifecycle
@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 ROUTERS = (
     chat.router,
     completions.router,
+    responses.router,
     tokenize.router,
     models.router,
     limits.router,

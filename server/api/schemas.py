@@ -378,14 +378,14 @@ class ParsedChat:
 def parse_chat_request(body: Mapping[str, Any], *, is_strict: bool) -> ParsedChat:
     """The request in `body`; raises the contract's 400 for the first thing wrong with it."""
     honoured = ChatCompletionRequest.model_fields
-    num_unknown = _check_names(body, honoured, UNSUPPORTED, is_strict=is_strict)
+    num_unknown = check_names(body, honoured, UNSUPPORTED, is_strict=is_strict)
     try:
         request = ChatCompletionRequest.model_validate(
             {name: body[name] for name in honoured if name in body}
         )
     except ValidationError as error:
-        raise _translated(error, body) from None
-    _check_together(request)
+        raise translated(error, body) from None
+    check_together(request)
     return ParsedChat(request, num_unknown)
 
 
@@ -395,7 +395,7 @@ def parse_completion_request(body: Mapping[str, Any], *, is_strict: bool) -> Par
     Of the prompts only their number and their forms are looked at.
     """
     honoured = (*SHARED_FIELDS, *CompletionFields.model_fields)
-    num_unknown = _check_names(body, honoured, COMPLETION_UNSUPPORTED, is_strict=is_strict)
+    num_unknown = check_names(body, honoured, COMPLETION_UNSUPPORTED, is_strict=is_strict)
     given = {name: body[name] for name in SHARED_FIELDS if name in body}
     try:
         shared = ChatCompletionRequest.model_validate(given | {"messages": []})
@@ -403,8 +403,8 @@ def parse_completion_request(body: Mapping[str, Any], *, is_strict: bool) -> Par
             {name: body[name] for name in CompletionFields.model_fields if name in body}
         )
     except ValidationError as error:
-        raise _translated(error, body) from None
-    _check_together(shared)
+        raise translated(error, body) from None
+    check_together(shared)
     request = CompletionRequest(shared, own, _prompts(own.prompt))
     num_choices = len(request.prompts) * request.num_choices
     if num_choices > MAX_PROMPTS_TIMES_CHOICES:
@@ -441,7 +441,7 @@ def _prompts(value: object) -> tuple[RawPrompt, ...]:
     return tuple(RawPrompt(each, f"prompt[{index}]") for index, each in enumerate(value))
 
 
-def _check_names(
+def check_names(
     body: Mapping[str, Any],
     honoured: Collection[str],
     unsupported: Mapping[str, tuple[object, ...]],
@@ -450,7 +450,7 @@ def _check_names(
 ) -> int:
     """Refuse what is known and not honoured; how many fields nobody knows."""
     for name, neutral in unsupported.items():
-        if not _is_neutral(body.get(name), neutral):
+        if not is_neutral(body.get(name), neutral):
             raise UnsupportedParameter(f"{name} is not supported by this server.", param=name)
     unknown = [name for name in body if name not in honoured and name not in unsupported]
     options = body.get("stream_options")
@@ -462,7 +462,7 @@ def _check_names(
     return len(unknown)
 
 
-def _check_together(request: ChatCompletionRequest) -> None:
+def check_together(request: ChatCompletionRequest) -> None:
     """What no field shows by itself."""
     limits = {request.max_tokens, request.max_completion_tokens} - {None}
     if len(limits) == 2:
@@ -524,7 +524,7 @@ def _check_hints(request: ChatCompletionRequest) -> None:
         )
 
 
-def _is_neutral(value: object, neutral: tuple[object, ...]) -> bool:
+def is_neutral(value: object, neutral: tuple[object, ...]) -> bool:
     if value is None:
         return True
     # In Python true equals 1; on the wire they are different answers.
@@ -544,7 +544,7 @@ _EXPECTED: Final[Mapping[str, str]] = {
 }
 
 
-def _translated(error: ValidationError, body: Mapping[str, Any]) -> ServerError:
+def translated(error: ValidationError, body: Mapping[str, Any]) -> ServerError:
     """The first fault in our words; pydantic's own may repeat what the client sent."""
     first = error.errors(include_url=False)[0]
     kind, limits = first["type"], first.get("ctx", {})

@@ -1,15 +1,15 @@
 """What a request says of the form of its answer: `response_format` and `structured_outputs`.
 
-`parse_constraint` judges shape and size and makes of it one grammar as llguidance takes it. Whether
-that can be matched is proved elsewhere, before the engine is asked for anything. JSON comes out
-compact: where white space is free a weak model may go on with it for ever.
+`parse_constraint` and `parse_format` judge shape and size and make of it one grammar as llguidance
+takes it. Whether that can be matched is proved elsewhere, before the engine is asked for anything.
+JSON comes out compact: where white space is free a weak model may go on with it for ever.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -28,6 +28,8 @@ MAX_PROPERTIES: Final = 1_000
 MAX_ENUM_VALUES: Final = 1_000
 MAX_REGEX_CHARS: Final = 512
 
+_FORMATS: Final = ("text", "json_object", "json_schema")
+_DESCRIPTION: Final = ("name", "schema", "strict", "description")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 _JSON_OPTIONS: Final = {
     "whitespace_flexible": False,
@@ -76,28 +78,53 @@ def parse_constraint(response_format: object, structured_outputs: object) -> Con
     return by_format or by_extension
 
 
+def parse_format(wanted: object, path: str) -> Constraint | None:
+    """The same of the format of OpenAI's Responses, where the schema lies beside its type."""
+    if wanted is None:
+        return None
+    fields = _object(wanted, path, {"type", *_DESCRIPTION})
+    kind = _kind_of_format(fields, f"{path}.type")
+    if kind == "json_schema":
+        return _of_description(fields, path)
+    for name in _DESCRIPTION:
+        if fields.get(name) is not None:
+            raise InvalidRequest(
+                f"{path}.{name} is allowed only with a json_schema.", param=f"{path}.{name}"
+            )
+    return None if kind == "text" else _any_object(path)
+
+
 def _of_response_format(wanted: object) -> Constraint | None:
     if wanted is None:
         return None
     fields = _object(wanted, "response_format", {"type", "json_schema"})
-    kind = fields.get("type")
-    if kind is None:
-        raise MissingParameter("response_format.type is required.", param="response_format.type")
-    if kind not in ("text", "json_object", "json_schema"):
-        raise InvalidRequest(
-            "response_format.type must be 'text', 'json_object' or 'json_schema'.",
-            param="response_format.type",
-        )
+    kind = _kind_of_format(fields, "response_format.type")
     path = "response_format.json_schema"
     if kind != "json_schema":
         if fields.get("json_schema") is not None:
             raise InvalidRequest(f"{path} is allowed only with that type.", param=path)
-        if kind == "text":
-            return None
-        return _of_json({"type": "object"}, "response_format")
+        return None if kind == "text" else _any_object("response_format")
     if fields.get("json_schema") is None:
         raise MissingParameter(f"{path} is required.", param=path)
-    described = _object(fields["json_schema"], path, {"name", "schema", "strict", "description"})
+    described = _object(fields["json_schema"], path, _DESCRIPTION)
+    return _of_description(described, path)
+
+
+def _kind_of_format(fields: Mapping[str, Any], path: str) -> str:
+    kind = fields.get("type")
+    if kind is None:
+        raise MissingParameter(f"{path} is required.", param=path)
+    if kind not in _FORMATS:
+        raise InvalidRequest(f"{path} must be 'text', 'json_object' or 'json_schema'.", param=path)
+    return str(kind)
+
+
+def _any_object(path: str) -> Constraint:
+    return _of_json({"type": "object"}, path)
+
+
+def _of_description(described: Mapping[str, Any], path: str) -> Constraint:
+    """A schema with its name, which is required though nothing depends on it."""
     name = described.get("name")
     if name is None:
         raise MissingParameter(f"{path}.name is required.", param=f"{path}.name")
@@ -242,7 +269,7 @@ def lark_grammar(text: str) -> str:
     return json.dumps({"grammars": [{"lark_grammar": text}]})
 
 
-def _object(value: object, path: str, known: set[str]) -> dict[str, Any]:
+def _object(value: object, path: str, known: Collection[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidType(f"{path} must be an object.", param=path)
     for name in value:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import openai
 import pytest
-from fastapi import FastAPI
 
 from server.chat.calls import ARROW
 from server.chat.prepare import Preparer
-from server.chat.tokenizer import Tokenizer
-from server.core import GenerationRequest
-from tests.api.demo import demo_preparer
-from tests.conftest import MODEL, Server, assert_error, running
-from tests.fakes import FakeEngine
+from tests.api.conftest import Scripted, ids_of
+from tests.conftest import MODEL, Server, assert_error
 
 URL = "/v1/chat/completions"
 START, END, STOP = "<|im_start|>", "<|im_end|>", "<|stop|>"
@@ -36,48 +32,6 @@ TOOL = {
 USER = {"role": "user", "content": "날씨?"}
 ARGUMENTS = '{"city": "서울 \\"}{\\" 🙂"}'
 CALL = f'{{"name": "weather", "arguments": {ARGUMENTS}}}'
-
-
-Scripted = Callable[..., Server]
-
-
-@pytest.fixture(scope="module")
-def preparer() -> Preparer:
-    return demo_preparer(4096)
-
-
-@pytest.fixture(scope="module")
-def scripted(build: Callable[..., FastAPI], preparer: Preparer) -> Iterator[Scripted]:
-    """A server whose engine answers with these texts and special tokens."""
-    script: list[Sequence[str]] = []
-
-    def tokens(request: GenerationRequest, choice: int) -> list[int]:
-        return ids_of(preparer.tokenizer, script[choice % len(script)])
-
-    engine = FakeEngine(tokens)
-    app = build(engine=engine, preparer=preparer, prover=preparer.prover)
-    with running(app) as server:
-
-        def scripted(*answers: Sequence[str]) -> Server:
-            script[:] = answers
-            engine.submitted.clear()
-            return server
-
-        yield scripted
-
-
-def ids_of(tokenizer: Tokenizer, pieces: Sequence[str]) -> list[int]:
-    """Text one character a token at a time, so that pieces begin and end anywhere."""
-    ids: list[int] = []
-    for piece in pieces:
-        special = tokenizer.special.get(piece)
-        if special is not None:
-            ids.append(special)
-        else:
-            ids += [
-                token_id for character in piece for token_id in tokenizer.encode_text(character)
-            ]
-    return ids
 
 
 def body(**fields: Any) -> dict[str, Any]:
@@ -198,19 +152,19 @@ def test_stop_strings_are_of_the_text_alone(scripted: Scripted) -> None:
     assert (choice["message"]["content"], choice["finish_reason"]) == (" -> tool", "stop")
 
 
-def test_a_call_that_is_cut_ends_by_length(scripted: Scripted, preparer: Preparer) -> None:
+def test_a_call_that_is_cut_ends_by_length(scripted: Scripted, scripted_preparer: Preparer) -> None:
     head = [*TURN, CALL[: CALL.index("서울") + 2]]
     server = scripted([*head, CALL, END, STOP])
-    most = len(ids_of(preparer.tokenizer, head))
+    most = len(ids_of(scripted_preparer.tokenizer, head))
     choice = whole(server, max_tokens=most)
     (call,) = choice["message"]["tool_calls"]
     assert call["function"]["arguments"] == '{"city": "서울'
     assert choice["finish_reason"] == "length"
 
 
-def test_the_engine_is_told_the_form(scripted: Scripted, preparer: Preparer) -> None:
+def test_the_engine_is_told_the_form(scripted: Scripted, scripted_preparer: Preparer) -> None:
     server = scripted([CALL, END, STOP])
-    special = preparer.tokenizer.special
+    special = scripted_preparer.tokenizer.special
     whole(server, tool_choice="required")
     whole(server, tool_choice="auto")
     whole(server, tool_choice="none")
@@ -223,10 +177,10 @@ def test_the_engine_is_told_the_form(scripted: Scripted, preparer: Preparer) -> 
     assert must.grammar != may.grammar
     assert cannot.grammar is None and cannot.grammar_special_ids == ()
     assert special[END] in cannot.sampling.stop_token_ids
-    head = preparer.tokenizer.decode(must.prompt_ids)
+    head = scripted_preparer.tokenizer.decode(must.prompt_ids)
     assert head.endswith(f"assistant{ARROW}")
     for request in (may, cannot):
-        assert preparer.tokenizer.decode(request.prompt_ids).endswith("assistant\n")
+        assert scripted_preparer.tokenizer.decode(request.prompt_ids).endswith("assistant\n")
 
 
 def prompt(server: Server, **fields: Any) -> str:
@@ -269,11 +223,11 @@ def test_tools_calls_and_results_in_the_prompt(scripted: Scripted) -> None:
     assert prompt(server, tool_choice="none") == prompt(server)
 
 
-def test_special_tokens_in_tools_are_text(scripted: Scripted, preparer: Preparer) -> None:
+def test_special_tokens_in_tools_are_text(scripted: Scripted, scripted_preparer: Preparer) -> None:
     server = scripted([STOP])
     whole(server)
     ((request, _),) = server.engine.submitted
-    end = preparer.tokenizer.special[END]
+    end = scripted_preparer.tokenizer.special[END]
     assert request.prompt_ids.count(end) == 3  # of the tools, the system's and the user's turn
 
 
