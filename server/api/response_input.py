@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from server.api.places import Places
 from server.api.schemas import is_neutral
+from server.chat.fields import as_object, as_string, required
 from server.errors import (
     ArrayTooLong,
     InvalidRequest,
@@ -105,7 +106,7 @@ def parse_input(value: object, instructions: str | None) -> Conversation:
         raise ArrayTooLong(f"input must have at most {MAX_ITEMS} items.", param="input")
     for index, each in enumerate(value):
         path = f"input[{index}]"
-        item = _object(each, path)
+        item = as_object(each, path)
         _ITEM_TYPES[_item_type(item, path)](draft, item, path)
     return Conversation(tuple(draft.messages), Places(draft.sent))
 
@@ -210,7 +211,7 @@ def chat_tools(tools: object) -> tuple[list[dict[str, Any]], Mapping[str, str]]:
     chat: list[dict[str, Any]] = []
     for index, each in enumerate(tools):
         path = f"tools[{index}]"
-        tool = _object(each, path)
+        tool = as_object(each, path)
         _check_function(tool, path, UNSUPPORTED_TOOL_TYPES)
         not_honoured = {"allowed_callers", "async", "defer_loading", "output_schema"}
         _check_fields(tool, path, {"type", *_TOOL_FIELDS, *not_honoured})
@@ -244,7 +245,7 @@ def chat_tool_choice(choice: object) -> tuple[object, Mapping[str, str]]:
 
 def _chat_function(value: object, path: str) -> dict[str, Any]:
     """A flat tool of which only the name is said."""
-    tool = _object(value, path)
+    tool = as_object(value, path)
     _check_function(tool, path, UNSUPPORTED_CHOICE_TYPES)
     _check_fields(tool, path, {"type", "name"})
     return {"type": "function", "function": {"name": _string(tool, "name", path)}}
@@ -272,16 +273,5 @@ def _check_fields(value: Mapping[str, Any], path: str, known: Collection[str]) -
             raise InvalidRequest(f"{place} must be one of {', '.join(STATUSES)}.", param=place)
 
 
-def _object(value: object, path: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise InvalidType(f"{path} must be an object.", param=path)
-    return value
-
-
 def _string(value: Mapping[str, Any], name: str, path: str) -> str:
-    said = value.get(name)
-    if said is None:
-        raise MissingParameter(f"{path}.{name} is required.", param=f"{path}.{name}")
-    if not isinstance(said, str):
-        raise InvalidType(f"{path}.{name} must be a string.", param=f"{path}.{name}")
-    return said
+    return as_string(required(value, name, f"{path}.{name}"), f"{path}.{name}")

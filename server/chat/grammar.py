@@ -13,13 +13,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from server.chat.fields import as_object, refuse_unknown
 from server.errors import (
     InvalidRequest,
     InvalidSchema,
     InvalidType,
     MissingParameter,
-    UnknownParameter,
-    quoted,
 )
 
 MAX_SCHEMA_BYTES: Final = 64 * 1024
@@ -269,15 +268,10 @@ def lark_grammar(text: str) -> str:
     return json.dumps({"grammars": [{"lark_grammar": text}]})
 
 
-def _object(value: object, path: str, known: Collection[str]) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise InvalidType(f"{path} must be an object.", param=path)
-    for name in value:
-        if name not in known:
-            raise UnknownParameter(
-                f"{path} has the unknown key {quoted(name)}.", param=f"{path}.{name[:64]}"
-            )
-    return value
+def _object(value: object, path: str, known: Collection[str]) -> Mapping[str, Any]:
+    fields = as_object(value, path)
+    refuse_unknown(fields, path, known)
+    return fields
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
