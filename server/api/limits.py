@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from server.api import chat, json_body, middleware, schemas
 from server.api.json_body import json_response
-from server.chat import grammar, parts, prepare
+from server.chat import grammar, parts, prepare, tools
 from server.config import EngineConfig, HttpConfig, MediaConfig
 from server.engine.client import EngineFacts
 
@@ -110,6 +110,10 @@ CHAT_CONSTANTS: Final[Mapping[str, int]] = {
     "max_schema_properties": grammar.MAX_PROPERTIES,
     "max_schema_enum_values": grammar.MAX_ENUM_VALUES,
     "max_regex_chars": grammar.MAX_REGEX_CHARS,
+    "max_tools": tools.MAX_TOOLS,
+    "max_tool_schemas_bytes": tools.MAX_SCHEMAS_BYTES,
+    "max_tool_calls": tools.MAX_CALLS,
+    "max_tool_calls_in_message": parts.MAX_CALLS,
 }
 
 router = APIRouter()
