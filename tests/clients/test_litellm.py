@@ -93,10 +93,17 @@ def test_a_tool_is_called_whole_and_streamed(server: Server) -> None:
                 "type": "object",
                 "properties": {"city": {"enum": ["Seoul", "Busan"]}},
                 "required": ["city"],
+                "additionalProperties": False,
             },
         },
     }
-    request = asked(server, "How is the weather?", tools=[tool], tool_choice="required")
+    request = asked(
+        server,
+        "How is the weather?",
+        tools=[tool],
+        tool_choice="required",
+        parallel_tool_calls=False,  # else the demo model calls without end
+    )
     whole = litellm.completion(**request).choices[0]
     assert whole.finish_reason == "tool_calls"
     rebuilt = litellm.stream_chunk_builder(list(litellm.completion(**request, stream=True)))

@@ -21,6 +21,15 @@ class Shape(BaseModel):
     count: Literal[1, 2, 3]
 
 
+class Place(BaseModel):
+    city: Literal["Seoul", "Busan"]
+
+
+def get_weather(city: str) -> str:
+    """Tells the weather of a city."""
+    return f"Sunny in {city}."
+
+
 def model(server: Server, **options: object) -> OpenAILike:
     return OpenAILike(
         model=server.model,
@@ -84,12 +93,10 @@ def test_a_refusal_is_the_clients_own_error(server: Server) -> None:
 
 @pytest.mark.skip(reason="tools come later")
 def test_a_tool_is_called(server: Server) -> None:
-    def get_weather(city: Literal["Seoul", "Busan"]) -> str:
-        """Tells the weather of a city."""
-        return f"Sunny in {city}."
-
-    chat = model(server, is_chat_model=True, is_function_calling_model=True)
-    tool = FunctionTool.from_defaults(get_weather)
-    answer = chat.chat_with_tools([tool], "How is the weather?", tool_required=True)
-    (call, *_) = chat.get_tool_calls_from_response(answer)
+    chat = model(server, is_chat_model=True, is_function_calling_model=True, strict=True)
+    tool = FunctionTool.from_defaults(get_weather, fn_schema=Place)
+    answer = chat.chat_with_tools(
+        [tool], "How is the weather?", tool_required=True, allow_parallel_tool_calls=False
+    )
+    (call,) = chat.get_tool_calls_from_response(answer)
     assert call.tool_name == "get_weather" and call.tool_kwargs["city"] in ("Seoul", "Busan")
