@@ -290,6 +290,7 @@ def test_a_response_is_parsed(client: openai.OpenAI, server: Server) -> None:
     assert isinstance(response.output_parsed, Shape)
 
 
+@pytest.mark.skip(reason="tools come later")
 @pytest.mark.skip(reason="responses come later")
 def test_a_response_calls_a_tool(client: openai.OpenAI, server: Server) -> None:
     response = client.responses.create(
@@ -297,6 +298,7 @@ def test_a_response_calls_a_tool(client: openai.OpenAI, server: Server) -> None:
         input="How is the weather?",
         tools=[{"type": "function", **WEATHER["function"]}],
         tool_choice="required",
+        parallel_tool_calls=False,
         max_output_tokens=200,
         store=False,
     )
