@@ -40,6 +40,7 @@ from server.core import (
     VisionSpec,
 )
 from server.errors import (
+    CONTEXT_IS,
     InvalidPrompt,
     InvalidRequest,
     InvalidSchema,
@@ -292,8 +293,7 @@ class Preparer:
         """
         if len(ids) > self.facts.context_length:
             raise PromptTooLong(
-                f"The model's context is {self.facts.context_length} tokens; {param} has "
-                f"{len(ids)}.",
+                f"{CONTEXT_IS} {self.facts.context_length} tokens; {param} has {len(ids)}.",
                 param=param,
             )
         return await self._thread.run(partial(self._checked_ids, ids, param), tenant=tenant)
@@ -451,8 +451,8 @@ class Preparer:
         limit = MAX_BYTES_PER_CONTEXT_TOKEN * self.facts.context_length
         if num_bytes > limit:
             raise PromptTooLong(
-                f"The model's context is {self.facts.context_length} tokens; the text has more "
-                f"than {limit} bytes and cannot fit.",
+                f"{CONTEXT_IS} {self.facts.context_length} tokens; the text has more than {limit} "
+                "bytes and cannot fit.",
                 param=param,
             )
 
@@ -463,16 +463,16 @@ class Preparer:
         context = self.facts.context_length
         if num_prompt_tokens >= context:
             raise PromptTooLong(
-                f"The model's context is {context} tokens; the prompt alone takes "
-                f"{num_prompt_tokens} and leaves no room for an answer.",
+                f"{CONTEXT_IS} {context} tokens; the prompt alone takes {num_prompt_tokens} and "
+                "leaves no room for an answer.",
                 param=param,
             )
         if max_tokens is None:
             return context - num_prompt_tokens
         if num_prompt_tokens + max_tokens > context:
             raise PromptTooLong(
-                f"The model's context is {context} tokens; {num_prompt_tokens} in the prompt "
-                f"and {max_tokens} for the answer are {num_prompt_tokens + max_tokens}.",
+                f"{CONTEXT_IS} {context} tokens; {num_prompt_tokens} in the prompt and "
+                f"{max_tokens} for the answer are {num_prompt_tokens + max_tokens}.",
                 param=param,
             )
         return max_tokens
