@@ -46,6 +46,14 @@ _NOT_FOLLOWED: Final = frozenset(
 """Keywords that the library takes for notes, though they mean something, and its own. Those that it
 knows not to support it refuses itself; others are notes, as JSON Schema wants it."""
 
+_COMBINING: Final = frozenset(
+    {
+        *("$ref", "anyOf", "oneOf", "if", "not", "dependentSchemas", "patternProperties"),
+        "unevaluatedProperties",
+    }
+)
+"""Keywords beside which `properties` do not name all members."""
+
 _VALUES: Final = frozenset({"const", "default", "enum", "example", "examples"})
 """Keywords that hold values: what is in them is no schema."""
 
@@ -247,8 +255,8 @@ _FORMS: Final[Mapping[str, Callable[[object, str], Constraint]]] = {
 }
 
 
-def _of_json(schema: Mapping[str, Any], path: str) -> Constraint:
-    grammar = {"json_schema": {**schema, "x-guidance": _JSON_OPTIONS}}
+def _of_json(schema: dict[str, Any], path: str) -> Constraint:
+    grammar = {"json_schema": {**_closed(schema), "x-guidance": _JSON_OPTIONS}}
     return Constraint(json.dumps({"grammars": [grammar]}), path, json_rule(schema))
 
 
@@ -256,11 +264,44 @@ def _of_rule(rule: str, path: str) -> Constraint:
     return Constraint(lark_grammar(f"start: {rule}"), path, rule)
 
 
-def json_rule(schema: Mapping[str, Any], *, separators: tuple[str, str] = (",", ":")) -> str:
+def json_rule(schema: dict[str, Any], *, separators: tuple[str, str] = (",", ":")) -> str:
     """The right side of a Lark rule for JSON of this schema; `separators` are expressions."""
     item, key = separators
     options = _JSON_OPTIONS | {"item_separator": item, "key_separator": key}
-    return "%json " + json.dumps({**schema, "x-guidance": options})
+    return "%json " + json.dumps({**_closed(schema), "x-guidance": options})
+
+
+def _closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """The same, but objects have only the members that it names, where it does not say.
+
+    What is valid by that is valid by the schema; and a weak model, which might invent members for
+    ever, comes to an end. A schema that puts objects together of several is left as it is.
+    """
+    for each, _ in _schemas_in(schema):
+        if "allOf" in each or ("properties" in each and not _COMBINING.isdisjoint(each)):
+            return schema
+    return _with_closed_objects(schema)
+
+
+def _with_closed_objects(schema: dict[str, Any]) -> dict[str, Any]:
+    closed: dict[str, Any] = {}
+    for name, value in schema.items():
+        if name in _NAMED:
+            closed[name] = {key: _closed_value(each) for key, each in _mapping(value).items()}
+        else:
+            closed[name] = value if name in _VALUES else _closed_value(value)
+    members = _mapping(schema.get("properties"))
+    wanted = schema.get("required")
+    is_enough = isinstance(wanted, list) and members.keys() >= {str(each) for each in wanted}
+    if members and (wanted is None or is_enough) and "minProperties" not in schema:
+        closed.setdefault("additionalProperties", False)
+    return closed
+
+
+def _closed_value(value: object) -> object:
+    if isinstance(value, list):
+        return [_closed_value(each) for each in value]
+    return _with_closed_objects(value) if isinstance(value, dict) else value
 
 
 def lark_grammar(text: str) -> str:

@@ -31,7 +31,7 @@ MAX_SCHEMAS_BYTES: Final = 256 * 1024
 MAX_CALLS: Final = 16
 """In one answer: a weak model would go on with a list for ever."""
 
-NO_PARAMETERS: Final[Mapping[str, Any]] = {
+NO_PARAMETERS: Final[dict[str, Any]] = {
     "type": "object",
     "properties": {},
     "additionalProperties": False,
@@ -54,11 +54,11 @@ class Function:
 
     name: str
     description: str
-    parameters: Mapping[str, Any] | None
+    parameters: dict[str, Any] | None
     path: str
 
     @property
-    def schema(self) -> Mapping[str, Any]:
+    def schema(self) -> dict[str, Any]:
         return NO_PARAMETERS if self.parameters is None else self.parameters
 
 
