@@ -4,6 +4,9 @@
 #   make serve [MODEL=folder-or-hub-name] [REVISION=] [HOST=] [PORT=] [DEVICE=] [DTYPE=] [CONFIG=]
 #   make test       format, lint, types and tests
 #   make test-long  the tests that take minutes
+#   make test-clients  real clients against a real server, each in an environment of its own below
+#                   build/clients: [ONLY=group,group]; minutes, needs the package registries and
+#                   Node >= 20, without which it fails (ONLY= leaves openai-node out)
 #   make check      format, lint, types and import direction
 #   make fix        repair format and what lint can repair
 #   make bench      time machine, engine and server: [MODEL=] [URL=of a running server] [QUICK=1]
@@ -15,7 +18,7 @@
 #   make clean      remove the environment and what was built, but not build/demo-model
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-long check fix bench demo-model compatibility docker-check clean
+.PHONY: help serve test test-long test-clients check fix bench demo-model compatibility docker-check clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -66,6 +69,9 @@ test: check
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long
 
+test-clients: $(STAMP)
+	@$(BIN)/python -m tests.clients.run $(call given,ONLY,only)
+
 fix: $(STAMP)
 	$(BIN)/ruff check --fix $(CHECKED)
 	$(BIN)/ruff format $(CHECKED)
@@ -84,5 +90,5 @@ docker-check:
 	docker/replay.sh
 
 clean:
-	rm -rf $(VENV) build/lib build/bdist* dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build/lib build/bdist* build/clients dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find server tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

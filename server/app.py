@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Match, Route
 
 from server import __version__
-from server.api import chat, completions, docs_page, health, limits, models, tokenize
+from server.api import chat, completions, docs_page, health, limits, models, responses, tokenize
 from server.api import files as files_api
 from server.api.cross_origin import CrossOriginHeaders, Preflights
 from server.api.health import Lifecycle
@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 ROUTERS = (
     chat.router,
     completions.router,
+    responses.router,
     tokenize.router,
     models.router,
     limits.router,

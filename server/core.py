@@ -153,6 +153,8 @@ class GenerationRequest:
     The prompt is answered `num_choices` times. Choice 0 is the answer that would come alone; the
     others draw with seeds that follow from the request's. Each answer follows the `grammar`, in the
     form that llguidance takes and proved before it is sent: it ends only where that is satisfied.
+    Of the special tokens it may use those of `grammar_special_ids`.
+    Only requests of one tenant with one `cache_salt` share what is kept of prompts and media.
     """
 
     request_id: str
@@ -164,6 +166,13 @@ class GenerationRequest:
     priority: int = 0
     num_choices: int = 1
     grammar: str | None = None
+    grammar_special_ids: tuple[int, ...] = ()
+    cache_salt: str = ""
+
+    @property
+    def cache_owner(self) -> tuple[str, str]:
+        """Whose caches it reads and fills."""
+        return self.tenant, self.cache_salt
 
 
 @dataclass(frozen=True, slots=True)

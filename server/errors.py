@@ -55,6 +55,7 @@ from typing import ClassVar, Literal
 
 MAX_MESSAGE_CHARS = 2_000
 MAX_QUOTED_CHARS = 64
+CONTEXT_IS = "This model's maximum context length is"
 
 
 def quoted(text: str) -> str:
@@ -128,6 +129,8 @@ class ArrayTooLong(InvalidRequest):
 
 
 class PromptTooLong(InvalidRequest):
+    """Its message begins with OpenAI's words, by which clients (litellm) know this error."""
+
     code = "context_length_exceeded"
 
 

@@ -21,6 +21,7 @@ from server.chat.prepare import ChatRequest, Prepared, PromptUsage
 from server.chat.tokenizer import Tokenizer, byte_symbols
 from server.config import HttpConfig, MediaConfig
 from server.core import GenerationRequest, SamplingParams
+from server.grammar.prover import Prover
 from server.media.store import FileStore
 from server.telemetry.metrics import Metrics
 from tests.fakes import FakeEngine
@@ -200,6 +201,7 @@ def build(byte_tokenizer: Tokenizer) -> Callable[..., FastAPI]:
         model: ServedModel | None = None,
         media: MediaConfig | None = None,
         files: FileStore | None = None,
+        prover: Prover | None = None,
     ) -> FastAPI:
         preparer = preparer or TextPreparer()
         if preparer.tokenizer is None:
@@ -213,6 +215,7 @@ def build(byte_tokenizer: Tokenizer) -> Callable[..., FastAPI]:
             on_load_failure=on_load_failure,
             media=media,
             files=files,
+            prover=prover,
         )
 
     return built

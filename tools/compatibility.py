@@ -16,15 +16,17 @@ from typing import Any
 
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.responses import response_create_params
 
+from server.api.response_fields import RESPONSE_UNSUPPORTED
+from server.api.response_schemas import response_fields
 from server.api.schemas import (
     COMPLETION_UNSUPPORTED,
     SHARED_FIELDS,
     UNSUPPORTED,
-    ChatCompletionRequest,
     CompletionFields,
 )
-from server.api.wire_schemas import COMPLETION_NOTES, HINTS, NOTES, fields_of
+from server.api.wire_schemas import COMPLETION_NOTES, HINTS, chat_fields, fields_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "compatibility.md"
 UNLIMITED = 2**31 - 1
@@ -43,12 +45,6 @@ What becomes of each field of a request. Nothing is ignored in silence:
 
 `null` is always the same as nothing. [The API](api.md) says more; `/openapi.json` says it to
 programs.
-"""
-
-RESPONSES = """
-## Responses
-
-`POST /v1/responses` is not served yet: 404 `unknown_url`.
 """
 
 
@@ -76,7 +72,7 @@ class Endpoint:
 
 
 def endpoints() -> tuple[Endpoint, ...]:
-    chat = fields_of(ChatCompletionRequest, NOTES)
+    chat = chat_fields()
     own = fields_of(CompletionFields, COMPLETION_NOTES)
     return (
         Endpoint(
@@ -97,12 +93,21 @@ def endpoints() -> tuple[Endpoint, ...]:
             {name: chat[name] for name in SHARED_FIELDS} | own,
             COMPLETION_UNSUPPORTED,
         ),
+        Endpoint(
+            "Responses",
+            (
+                response_create_params.ResponseCreateParamsBase,
+                response_create_params.ResponseCreateParamsStreaming,
+            ),
+            response_fields(),
+            RESPONSE_UNSUPPORTED,
+        ),
     )
 
 
 def page() -> str:
     """The whole file."""
-    return INTRODUCTION + "".join(map(_section, endpoints())) + RESPONSES
+    return INTRODUCTION + "".join(map(_section, endpoints()))
 
 
 def _section(endpoint: Endpoint) -> str:
@@ -157,7 +162,6 @@ def _range(schema: Mapping[str, Any]) -> str:
             return f"an integer of {most.bit_length() + 1} bits"
         return f"{least} and up" if most >= UNLIMITED else f"{least} to {most}"
     for bound, text in (
-        ("maxLength", "up to {:,} characters"),
         ("maxItems", "up to {:,}"),
         ("maxProperties", "up to {:,}"),
     ):

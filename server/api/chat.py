@@ -18,27 +18,22 @@ from starlette.types import Receive
 
 from server.api.content_type import is_multipart
 from server.api.dry_run import described, is_dry_run
-from server.api.health import not_ready
+from server.api.generation import Generation, refuse_unless_ready
 from server.api.json_body import json_response, parse_body, read_json_object
-from server.api.media_usage import MediaUsage
-from server.api.metrics import counted, counting_refusals
 from server.api.models import check_name
 from server.api.multipart import AttachmentLimits, Attachments
-from server.api.rate_limits import Allowance, ChargedStream
 from server.api.schemas import parse_chat_request
 from server.api.sse import (
-    LEAST_LOGPROB,
     Answer,
     Envelope,
     EventStream,
     collect,
     in_time,
     sse_frames,
+    worded_chance,
 )
-from server.chat.prepare import Prepared
-from server.chat.tokenizer import Delta, TokenChance, detokenize
-from server.core import FinishReason
-from server.errors import MediaError
+from server.chat.calls import CallPiece, WholeCall, added_up
+from server.chat.tokenizer import Delta, EndReason, TokenChance
 
 MAX_ATTACHMENTS = 128
 """Files that come with one request; of each the server holds a descriptor."""
@@ -51,9 +46,7 @@ async def chat_completions(request: Request) -> Response:
     state = request.app.state
     deadline_s = asyncio.get_running_loop().time() + state.http.request_timeout_s
     # Before anything is read, decoded or tokenised; `submit` asks again.
-    unavailable = not_ready(state.engine.status, is_draining=state.lifecycle.is_draining)
-    if unavailable is not None:
-        raise unavailable
+    refuse_unless_ready(request)
 
     is_dry = is_dry_run(request)
     body, attachments, receive = await _read_body(request)
@@ -66,94 +59,78 @@ async def chat_completions(request: Request) -> Response:
         f"chatcmpl-{uuid.uuid4().hex}", wire.model, int(time.time()), wire.answered_tier
     )
     chat_request = wire.to_chat_request()
-    state.engine.check_room(request.state.tenant, chat_request.num_choices)
-    allowance: Allowance = request.state.allowance
-    media = MediaUsage(state.metrics)
+    # The id under which the engine knows the request is ours: clients choose theirs freely.
+    generation = Generation(request, chat_request, id=envelope.id, attachments=attachments)
+    generation.check_room()
 
-    async def prepare() -> Prepared:
-        try:
-            # The id under which the engine knows the request is ours: clients choose theirs freely.
-            with counting_refusals(state.metrics):
-                prepared: Prepared = await state.preparer.prepare(
-                    chat_request,
-                    request_id=envelope.id,
-                    tenant=request.state.tenant,
-                    attachments=attachments,
-                )
-        except MediaError as error:
-            state.metrics.count_medium(error.kind, error.code)
-            raise
-        if attachments is not None:
-            await attachments.finish()
-        media.prepared(prepared.reports)
-        return prepared
-
-    async def begin() -> Answer:
-        prepared = await prepare()
-        num_choices = prepared.request.num_choices
-        allowance.check_tokens(prepared.usage.prompt_tokens)
-        stream = await state.engine.submit(prepared.request, prepared.tiles)
-        allowance.take_tokens(prepared.usage.prompt_tokens)
-        deltas = detokenize(
-            ChargedStream(stream, allowance),
-            state.preparer.tokenizer,
-            stop=prepared.stop,
-            min_tokens=prepared.request.sampling.min_tokens,
-            num_choices=num_choices,
-        )
-        return Answer(
-            prepared.usage,
-            counted(deltas, state.metrics, num_choices=num_choices),
-            ChatShape(has_logprobs=bool(wire.logprobs)),
-            media=media,
-            num_choices=num_choices,
-        )
+    async def begin() -> tuple[Answer, ChatShape]:
+        prepared = await generation.prepare()
+        shape = ChatShape(has_logprobs=bool(wire.logprobs), echo=prepared.echo)
+        return await generation.start(prepared), shape
 
     async def describe() -> dict[str, object]:
-        tokenizer = state.preparer.tokenizer
-        return described(await prepare(), media, tokenizer, state.model, name=wire.model)
+        prepared, tokenizer = await generation.prepare(), state.preparer.tokenizer
+        return described(prepared, generation.media, tokenizer, state.model, name=wire.model)
 
     if is_dry:
         return json_response(await in_time(describe(), receive=receive, deadline_s=deadline_s))
     if wire.stream:
         frames = sse_frames(begin, envelope, include_usage=wire.include_usage)
         return EventStream(
-            frames, receive=receive, deadline_s=deadline_s, late_headers=media.headers
+            frames,
+            receive=receive,
+            deadline_s=deadline_s,
+            late_headers=generation.media.headers,
         )
     whole = collect(begin, envelope)
     completion = await in_time(whole, receive=receive, deadline_s=deadline_s)
-    return json_response(completion, headers=media.headers())
+    return json_response(completion, headers=generation.media.headers())
 
 
 class ChatShape:
-    """Choices as messages, and as deltas of them; a choice's first piece gives its role."""
+    """Choices as messages, and as deltas of them; a choice's first piece gives its role.
+
+    Each begins with the echo, which may be empty.
+    """
 
     whole_kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def __init__(self, *, has_logprobs: bool) -> None:
+    def __init__(self, *, has_logprobs: bool, echo: str = "") -> None:
         self._has_logprobs = has_logprobs
-        self._begun: set[int] = set()  # the choices that have sent their role
+        self._echo = echo
+        self._num_begun = 0  # the choices that have sent their role
 
     def whole(self, index: int, deltas: Sequence[Delta]) -> dict[str, object]:
+        text = self._echo + "".join(delta.text for delta in deltas)
+        calls = added_up(piece for delta in deltas for piece in delta.calls)
+        message: dict[str, object] = {
+            "role": "assistant",
+            "content": text or (None if calls else ""),
+            "refusal": None,
+        }
+        if calls:
+            message["tool_calls"] = [_worded(call) for call in calls]
         return {
             "index": index,
-            "message": {
-                "role": "assistant",
-                "content": "".join(delta.text for delta in deltas),
-                "refusal": None,
-            },
+            "message": message,
             "logprobs": self._logprobs(chance for delta in deltas for chance in delta.chances),
             "finish_reason": deltas[-1].finish_reason,
         }
 
     def pieces(self, delta: Delta) -> Iterator[dict[str, object]]:
-        if delta.choice not in self._begun:
-            self._begun.add(delta.choice)
-            yield _piece(delta.choice, {"role": "assistant", "content": ""})
+        # In order, whoever speaks first: OpenAI's SDK fails where choice 0 is not the first.
+        while self._num_begun <= delta.choice:
+            yield _piece(self._num_begun, {"role": "assistant", "content": ""})
+            if self._echo:
+                yield _piece(self._num_begun, {"content": self._echo})
+            self._num_begun += 1
         logprobs = self._logprobs(delta.chances) if delta.chances else None
         if delta.text:
             yield _piece(delta.choice, {"content": delta.text}, logprobs)
+            logprobs = None
+        for call in delta.calls:
+            yield _piece(delta.choice, {"tool_calls": [_worded_piece(call)]}, logprobs)
             logprobs = None
         if delta.finish_reason is not None:
             yield _piece(delta.choice, {}, logprobs, delta.finish_reason)
@@ -162,32 +139,38 @@ class ChatShape:
         """OpenAI's object; None where none were asked for."""
         if not self._has_logprobs:
             return None
-        content = [
-            _chance(chance) | {"top_logprobs": [_chance(each) for each in chance.top]}
-            for chance in chances
-        ]
-        return {"content": content, "refusal": None}
+        return {"content": [worded_chance(chance) for chance in chances], "refusal": None}
+
+
+def _worded(call: WholeCall) -> dict[str, object]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _worded_piece(piece: CallPiece) -> dict[str, object]:
+    """The first piece of a call has all that is told of it once."""
+    function = {"arguments": piece.arguments}
+    if piece.name is None:
+        return {"index": piece.index, "function": function}
+    return {
+        "index": piece.index,
+        "id": piece.id,
+        "type": "function",
+        "function": {"name": piece.name} | function,
+    }
 
 
 def _piece(
     index: int,
-    content: Mapping[str, str],
+    content: Mapping[str, object],
     logprobs: Mapping[str, object] | None = None,
-    finish_reason: FinishReason | None = None,
+    finish_reason: EndReason | None = None,
 ) -> dict[str, object]:
     return {
         "index": index,
         "delta": content,
         "logprobs": logprobs,
         "finish_reason": finish_reason,
-    }
-
-
-def _chance(chance: TokenChance) -> dict[str, object]:
-    return {
-        "token": chance.text,
-        "logprob": max(chance.logprob, LEAST_LOGPROB),
-        "bytes": list(chance.text_bytes),
     }
 
 

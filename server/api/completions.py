@@ -34,8 +34,8 @@ from server.api.sse import (
     sse_frames,
 )
 from server.chat.prepare import Prepared, PromptUsage
-from server.chat.tokenizer import Delta, TokenChance, Tokenizer, detokenize
-from server.core import FinishReason, TokenLogprobs
+from server.chat.tokenizer import Delta, EndReason, TokenChance, Tokenizer, detokenize
+from server.core import TokenLogprobs
 from server.errors import RateLimited, Unavailable
 
 Start = Callable[[Prepared], Awaitable[AsyncGenerator[Delta, None]]]
@@ -84,7 +84,7 @@ async def completions(request: Request) -> Response:
         )
         return counted(deltas, state.metrics, num_choices=asked.num_choices)
 
-    async def begin() -> Answer:
+    async def begin() -> tuple[Answer, CompletionShape]:
         with counting_refusals(state.metrics):
             prepared = [
                 await state.preparer.prepare(
@@ -96,16 +96,16 @@ async def completions(request: Request) -> Response:
         allowance.check_tokens(sum(each.usage.prompt_tokens for each in prepared))
         shape = await asyncio.to_thread(_shape, asked, prepared, tokenizer)
         deltas = side_by_side(await start(prepared[0]), prepared, start)
-        return Answer(
+        answer = Answer(
             PromptUsage(
                 text_tokens=sum(each.usage.text_tokens for each in prepared),
                 image_tokens=0,
                 video_tokens=0,
             ),
             _without_answers(deltas) if asked.is_only_scored else deltas,
-            shape,
             num_choices=len(prepared) * asked.num_choices,
         )
+        return answer, shape
 
     if shared.stream:
         frames = sse_frames(begin, envelope, include_usage=shared.include_usage)
@@ -266,7 +266,7 @@ class CompletionShape:
         ]
 
     def _choice(
-        self, index: int, text: str, rows: Sequence[_Row], finish_reason: FinishReason | None
+        self, index: int, text: str, rows: Sequence[_Row], finish_reason: EndReason | None
     ) -> dict[str, object]:
         logprobs = {
             "tokens": [row.token for row in rows],

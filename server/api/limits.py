@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from server.api import chat, json_body, middleware, schemas
 from server.api.json_body import json_response
-from server.chat import grammar, parts, prepare
+from server.chat import grammar, parts, prepare, tools
 from server.config import EngineConfig, HttpConfig, MediaConfig
 from server.engine.client import EngineFacts
 
@@ -103,12 +103,17 @@ CHAT_CONSTANTS: Final[Mapping[str, int]] = {
     "max_top_logprobs": schemas.MAX_TOP_LOGPROBS,
     "max_completion_logprobs": schemas.MAX_COMPLETION_LOGPROBS,
     "max_user_bytes": schemas.MAX_USER_BYTES,
+    "max_cache_salt_bytes": schemas.MAX_SALT_BYTES,
     "max_metadata_pairs": schemas.MAX_METADATA,
     "max_schema_bytes": grammar.MAX_SCHEMA_BYTES,
     "max_schema_depth": grammar.MAX_SCHEMA_DEPTH,
     "max_schema_properties": grammar.MAX_PROPERTIES,
     "max_schema_enum_values": grammar.MAX_ENUM_VALUES,
     "max_regex_chars": grammar.MAX_REGEX_CHARS,
+    "max_tools": tools.MAX_TOOLS,
+    "max_tool_schemas_bytes": tools.MAX_SCHEMAS_BYTES,
+    "max_tool_calls": tools.MAX_CALLS,
+    "max_tool_calls_in_message": parts.MAX_CALLS,
 }
 
 router = APIRouter()

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from server.api.dry_run import PARAMETER as DRY_RUN
 from server.api.files import MAX_LISTED, PURPOSES
+from server.api.response_schemas import response_schemas
 from server.api.wire_schemas import (
     Schema,
     all_schemas,
@@ -126,12 +127,34 @@ ROUTES: Final = (
     ),
     Described(
         "post",
+        "/v1/responses",
+        "createResponse",
+        "Answers",
+        "OpenAI's Responses, of which nothing is kept",
+        {JSON: reference("Response"), EVENTS: _events("ResponseEvent")},
+        (400, 404, 504, 507),
+        body={JSON: reference("ResponseRequest")},
+        headers=("server-timing",),
+    ),
+    Described(
+        "post",
+        "/v1/responses/input_tokens",
+        "countInputTokens",
+        "Answers",
+        "How many tokens the input of a response has",
+        {JSON: reference("InputTokens")},
+        (400, 404, 504, 507),
+        body={JSON: reference("ResponseRequest")},
+        headers=("server-timing",),
+    ),
+    Described(
+        "post",
         "/tokenize",
         "tokenize",
         "Tokens",
         "The token ids of a text or of a conversation's prompt",
         {JSON: reference("Tokens")},
-        (400, 404, 504),
+        (400, 404, 504, 507),
         body={JSON: reference("TokenizeRequest")},
     ),
     Described(
@@ -389,8 +412,8 @@ def openapi_document(
     for route in routes:
         operation = _operation(route, has_keys=has_keys)
         paths.setdefault(route.path, {})[route.method] = operation
-    schemas = all_schemas(is_strict=http.strict)
-    for name in ("ChatCompletionRequest", "CompletionRequest"):
+    schemas = all_schemas(is_strict=http.strict) | response_schemas(is_strict=http.strict)
+    for name in ("ChatCompletionRequest", "CompletionRequest", "ResponseRequest"):
         schemas[name]["properties"]["model"]["examples"] = [model_name]
     components: dict[str, Any] = {
         "schemas": schemas,

@@ -19,6 +19,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from server.chat.grammar import parse_constraint
 from server.chat.options import parse_request_options
 from server.chat.prepare import ChatRequest, RawPrompt
+from server.chat.template import Ending
+from server.chat.tools import parse_tools
 from server.errors import (
     ArrayTooLong,
     InvalidRequest,
@@ -36,6 +38,7 @@ MAX_STOP_CHARS = 256
 MAX_STOP_IDS = 64
 MAX_BIASES = 1024
 MAX_USER_BYTES = 512
+MAX_SALT_BYTES = 512
 MAX_METADATA = 16
 MAX_METADATA_KEY_CHARS = 64
 MAX_METADATA_VALUE_CHARS = 512
@@ -56,30 +59,23 @@ UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
     "functions": ([],),
     "modalities": (["text"],),
     "moderation": (),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
     "prompt_cache_options": (),
     "prompt_cache_retention": (),
     "reasoning_effort": ("none",),
     "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
     # OpenAI, older or of other endpoints
     "best_of": (1,),
-    "echo": (False,),
     "prompt": (),
     "suffix": ("",),
     # vLLM
-    "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
     "allowed_token_ids": ([],),
     "bad_words": ([],),
-    "cache_salt": ("",),
     "chat_template": (),
     "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
     "documents": ([],),
     "guided_choice": (),
     "guided_decoding_backend": (),
@@ -213,7 +209,14 @@ class ChatCompletionRequest(BaseModel):
     service_tier: Text | None = None
     response_format: Any = None
     structured_outputs: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: Flag | None = None
     media_options: Any = None
+    add_generation_prompt: Flag | None = None
+    continue_final_message: Flag | None = None
+    echo: Flag | None = None
+    cache_salt: Annotated[Text, Field(min_length=1)] | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -250,7 +253,23 @@ class ChatCompletionRequest(BaseModel):
             num_choices=self.n or 1,
             num_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             constraint=parse_constraint(self.response_format, self.structured_outputs),
+            tools=parse_tools(self.tools, self.tool_choice, self.parallel_tool_calls),
+            ending=parse_ending(self.add_generation_prompt, self.continue_final_message),
+            is_echoing=bool(self.echo),
+            cache_salt=self.cache_salt or "",
         )
+
+
+def parse_ending(add_generation_prompt: bool | None, continue_final_message: bool | None) -> Ending:
+    """What the two say together; whoever continues need not say that nothing else begins."""
+    if not continue_final_message:
+        return "none" if add_generation_prompt is False else "assistant"
+    if add_generation_prompt:
+        raise InvalidRequest(
+            "continue_final_message and add_generation_prompt cannot both be true.",
+            param="continue_final_message",
+        )
+    return "open"
 
 
 SHARED_FIELDS: Final = (
@@ -277,6 +296,7 @@ SHARED_FIELDS: Final = (
     "prompt_cache_key",
     "metadata",
     "service_tier",
+    "cache_salt",
 )
 """The fields of a chat request that mean the same in a completion request."""
 
@@ -296,8 +316,12 @@ COMPLETION_UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
     name: UNSUPPORTED.get(name, ())
     for name in (*UNSUPPORTED, *ChatCompletionRequest.model_fields)
     if name not in SHARED_FIELDS and name not in CompletionFields.model_fields
-} | {"add_special_tokens": (True,)}
-"""The same as `UNSUPPORTED` for completions, where the tokenizer's own rules always apply."""
+} | {
+    "add_special_tokens": (True,),
+    "add_generation_prompt": (False,),
+    "continue_final_message": (False,),
+}
+"""The same as `UNSUPPORTED` for completions: no template, and always the tokenizer's own rules."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,14 +378,14 @@ class ParsedChat:
 def parse_chat_request(body: Mapping[str, Any], *, is_strict: bool) -> ParsedChat:
     """The request in `body`; raises the contract's 400 for the first thing wrong with it."""
     honoured = ChatCompletionRequest.model_fields
-    num_unknown = _check_names(body, honoured, UNSUPPORTED, is_strict=is_strict)
+    num_unknown = check_names(body, honoured, UNSUPPORTED, is_strict=is_strict)
     try:
         request = ChatCompletionRequest.model_validate(
             {name: body[name] for name in honoured if name in body}
         )
     except ValidationError as error:
-        raise _translated(error, body) from None
-    _check_together(request)
+        raise translated(error, body) from None
+    check_together(request)
     return ParsedChat(request, num_unknown)
 
 
@@ -371,7 +395,7 @@ def parse_completion_request(body: Mapping[str, Any], *, is_strict: bool) -> Par
     Of the prompts only their number and their forms are looked at.
     """
     honoured = (*SHARED_FIELDS, *CompletionFields.model_fields)
-    num_unknown = _check_names(body, honoured, COMPLETION_UNSUPPORTED, is_strict=is_strict)
+    num_unknown = check_names(body, honoured, COMPLETION_UNSUPPORTED, is_strict=is_strict)
     given = {name: body[name] for name in SHARED_FIELDS if name in body}
     try:
         shared = ChatCompletionRequest.model_validate(given | {"messages": []})
@@ -379,8 +403,8 @@ def parse_completion_request(body: Mapping[str, Any], *, is_strict: bool) -> Par
             {name: body[name] for name in CompletionFields.model_fields if name in body}
         )
     except ValidationError as error:
-        raise _translated(error, body) from None
-    _check_together(shared)
+        raise translated(error, body) from None
+    check_together(shared)
     request = CompletionRequest(shared, own, _prompts(own.prompt))
     num_choices = len(request.prompts) * request.num_choices
     if num_choices > MAX_PROMPTS_TIMES_CHOICES:
@@ -417,7 +441,7 @@ def _prompts(value: object) -> tuple[RawPrompt, ...]:
     return tuple(RawPrompt(each, f"prompt[{index}]") for index, each in enumerate(value))
 
 
-def _check_names(
+def check_names(
     body: Mapping[str, Any],
     honoured: Collection[str],
     unsupported: Mapping[str, tuple[object, ...]],
@@ -426,7 +450,7 @@ def _check_names(
 ) -> int:
     """Refuse what is known and not honoured; how many fields nobody knows."""
     for name, neutral in unsupported.items():
-        if not _is_neutral(body.get(name), neutral):
+        if not is_neutral(body.get(name), neutral):
             raise UnsupportedParameter(f"{name} is not supported by this server.", param=name)
     unknown = [name for name in body if name not in honoured and name not in unsupported]
     options = body.get("stream_options")
@@ -438,7 +462,7 @@ def _check_names(
     return len(unknown)
 
 
-def _check_together(request: ChatCompletionRequest) -> None:
+def check_together(request: ChatCompletionRequest) -> None:
     """What no field shows by itself."""
     limits = {request.max_tokens, request.max_completion_tokens} - {None}
     if len(limits) == 2:
@@ -466,6 +490,10 @@ def _check_together(request: ChatCompletionRequest) -> None:
                 "stream_options.continuous_usage_stats is not supported by this server.",
                 param="stream_options.continuous_usage_stats",
             )
+    if request.cache_salt is not None and len(request.cache_salt.encode()) > MAX_SALT_BYTES:
+        raise StringTooLong(
+            f"cache_salt must be at most {MAX_SALT_BYTES} bytes long.", param="cache_salt"
+        )
     _check_hints(request)
 
 
@@ -496,7 +524,7 @@ def _check_hints(request: ChatCompletionRequest) -> None:
         )
 
 
-def _is_neutral(value: object, neutral: tuple[object, ...]) -> bool:
+def is_neutral(value: object, neutral: tuple[object, ...]) -> bool:
     if value is None:
         return True
     # In Python true equals 1; on the wire they are different answers.
@@ -516,7 +544,7 @@ _EXPECTED: Final[Mapping[str, str]] = {
 }
 
 
-def _translated(error: ValidationError, body: Mapping[str, Any]) -> ServerError:
+def translated(error: ValidationError, body: Mapping[str, Any]) -> ServerError:
     """The first fault in our words; pydantic's own may repeat what the client sent."""
     first = error.errors(include_url=False)[0]
     kind, limits = first["type"], first.get("ctx", {})

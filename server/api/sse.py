@@ -1,7 +1,7 @@
 """An answer on the wire: `Delta`s printed as server-sent events, or added up to one completion.
 
 `sse_frames` and `collect` read the same `Answer`; usage and finish reason are worked out once, in
-it, and its `Shape` says how its endpoint words the choices. `EventStream` is the HTTP side of a
+it, and a `Shape` says how an endpoint words the choices. `EventStream` is the HTTP side of a
 stream: when its headers go out, what keeps it alive, and how it ends whatever happens. Must not
 know where an answer comes from.
 """
@@ -30,7 +30,7 @@ from server.api.json_body import error_json, to_json
 from server.api.media_usage import MediaUsage
 from server.api.middleware import ClientGone
 from server.chat.prepare import PromptUsage
-from server.chat.tokenizer import Delta
+from server.chat.tokenizer import Delta, TokenChance
 from server.errors import RequestTimeout, ServerError
 
 logger = logging.getLogger(__name__)
@@ -101,67 +101,73 @@ class Answer:
         self,
         prompt: PromptUsage,
         deltas: AsyncGenerator[Delta, None],
-        shape: Shape,
         *,
         media: MediaUsage | None = None,
         num_choices: int = 1,
     ) -> None:
-        self.shape = shape
-        self._prompt = prompt
+        self.prompt = prompt
+        self.num_choices = num_choices
+        self.completion_tokens = 0
+        self.cached_tokens = 0
         self._media = media
         self._deltas = deltas
-        self._completion_tokens = 0
-        self._cached_tokens = 0
-        self.num_choices = num_choices
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """All pieces of all choices. Raises a ServerError where one has not come to its end."""
         num_running = self.num_choices
         async with contextlib.aclosing(self._deltas):
             async for delta in self._deltas:
-                self._completion_tokens += delta.num_tokens
-                self._cached_tokens += delta.num_cached_tokens
+                self.completion_tokens += delta.num_tokens
+                self.cached_tokens += delta.num_cached_tokens
                 if self._media is not None and delta.encode_times_s:
                     self._media.encoded(delta.encode_times_s)
                 if delta.finish_reason is not None:
                     num_running -= 1
-                    if delta.finish_reason not in ("stop", "length"):
+                    if delta.finish_reason not in ("stop", "length", "tool_calls"):
                         # Nobody but us aborts, so an answer cut off is our fault.
                         raise ServerError()
                 yield delta
         if num_running:
             raise ServerError()
 
+    async def choices(self) -> list[list[Delta]]:
+        """All there is of each choice, once it has ended."""
+        choices: list[list[Delta]] = [[] for _ in range(self.num_choices)]
+        async with contextlib.aclosing(self.deltas()) as deltas:
+            async for delta in deltas:
+                choices[delta.choice].append(delta)
+        return choices
+
     def usage(self) -> dict[str, object]:
-        """OpenAI's object; `media` is ours, where there are any."""
+        """OpenAI's object for chats and completions, with what is ours."""
         usage: dict[str, object] = {
-            "prompt_tokens": self._prompt.prompt_tokens,
-            "completion_tokens": self._completion_tokens,
-            "total_tokens": self._prompt.prompt_tokens + self._completion_tokens,
+            "prompt_tokens": self.prompt.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {
-                "cached_tokens": self._cached_tokens,
-                "text_tokens": self._prompt.text_tokens,
-                "image_tokens": self._prompt.image_tokens,
-                "video_tokens": self._prompt.video_tokens,
+                "cached_tokens": self.cached_tokens,
+                "text_tokens": self.prompt.text_tokens,
+                "image_tokens": self.prompt.image_tokens,
+                "video_tokens": self.prompt.video_tokens,
             },
         }
-        if self._media is not None and self._media.has_media:
-            usage["media"] = self._media.usage()
-        return usage
+        return usage | self.media_usage()
+
+    def media_usage(self) -> dict[str, object]:
+        """What any usage tells of media: nothing where there are none."""
+        if self._media is None or not self._media.has_media:
+            return {}
+        return {"media": self._media.usage()}
 
 
-Begin = Callable[[], Awaitable[Answer]]
+Begin = Callable[[], Awaitable[tuple[Answer, Shape]]]
 """Prepares and admits the request, or raises a ServerError."""
 
 
 async def collect(begin: Begin, envelope: Envelope) -> dict[str, object]:
     """The whole answer as one object."""
-    answer = await begin()
-    choices: list[list[Delta]] = [[] for _ in range(answer.num_choices)]
-    async with contextlib.aclosing(answer.deltas()) as deltas:
-        async for delta in deltas:
-            choices[delta.choice].append(delta)
-    shape = answer.shape
+    answer, shape = await begin()
+    choices = await answer.choices()
     worded = [shape.whole(index, of_choice) for index, of_choice in enumerate(choices)]
     return envelope.around(shape.whole_kind, worded) | {"usage": answer.usage()}
 
@@ -183,8 +189,7 @@ async def sse_frames(
     begin: Begin, envelope: Envelope, *, include_usage: bool
 ) -> AsyncGenerator[bytes, None]:
     """The answer in chunks, `[DONE]` included."""
-    answer = await begin()
-    shape = answer.shape
+    answer, shape = await begin()
 
     def frame(choices: list[dict[str, object]], *, usage: dict[str, object] | None) -> bytes:
         content = envelope.around(shape.chunk_kind, choices)
@@ -205,6 +210,24 @@ def data_frame(content: bytes) -> bytes:
     """One event with one line of JSON."""
     text = content.decode("utf-8")
     return f"data: {text.translate(_LINE_ENDS)}\n\n".encode()
+
+
+def worded_chance(chance: TokenChance) -> dict[str, object]:
+    """OpenAI's object for one token's log-probability, and those of the likeliest there."""
+    return _worded_alone(chance) | {"top_logprobs": [_worded_alone(each) for each in chance.top]}
+
+
+def _worded_alone(chance: TokenChance) -> dict[str, object]:
+    return {
+        "token": chance.text,
+        "logprob": max(chance.logprob, LEAST_LOGPROB),
+        "bytes": list(chance.text_bytes),
+    }
+
+
+def last_words(error: ServerError) -> bytes:
+    """How a stream ends that has begun and cannot go on."""
+    return data_frame(error_json(error)) + DONE
 
 
 async def until_client_leaves(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
@@ -252,6 +275,7 @@ class EventStream(Response):
         deadline_s: float,
         receive: Receive | None = None,
         late_headers: Callable[[], Mapping[str, str]] = dict,
+        last_words: Callable[[ServerError], bytes] = last_words,
         first_event_wait_s: float = FIRST_EVENT_WAIT_S,
         keep_alive_s: float = KEEP_ALIVE_S,
         slow_client_s: float = SLOW_CLIENT_S,
@@ -259,7 +283,7 @@ class EventStream(Response):
         """`deadline_s` is a time of the event loop's clock.
 
         The client's leaving is noticed by `receive`, or by the request's own. `late_headers` is
-        asked when the headers go out.
+        asked when the headers go out, and `last_words` for the error frame and `[DONE]`.
         """
         super().__init__(media_type="text/event-stream; charset=utf-8")
         del self.headers["content-length"]
@@ -269,6 +293,7 @@ class EventStream(Response):
         self._deadline_s = deadline_s
         self._receive = receive
         self._late_headers = late_headers
+        self._last_words = last_words
         self._first_event_wait_s = first_event_wait_s
         self._keep_alive_s = keep_alive_s
         self._slow_client_s = slow_client_s
@@ -316,7 +341,7 @@ class EventStream(Response):
             if not isinstance(error, ServerError):
                 logger.exception("a stream failed")
                 error = ServerError()
-            await self._send(send, data_frame(error_json(error)) + DONE)
+            await self._send(send, self._last_words(error))
         async with self._sending:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -1,25 +1,31 @@
 """POST /tokenize and /detokenize, GET /tokenizer_info: the model's tokens without the model.
 
-The shapes are vLLM's. Special tokens come from ids and templates alone: a text that spells one is
-text here too. Must not know how text is encoded.
+The shapes are vLLM's. A conversation's media are read for the number of their tokens, as in a dry
+run. Special tokens come from ids and templates alone: a text that spells one is text here too. Must
+not know how text is encoded.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api.json_body import json_response, read_json_object
+from server.api.media_usage import MediaUsage
 from server.api.metrics import counting_refusals
 from server.api.models import check_name, context_length
+from server.api.schemas import parse_ending
 from server.api.sse import in_time
-from server.chat.prepare import Preparer, RawPrompt
+from server.chat.options import parse_request_options
+from server.chat.prepare import ChatRequest, Preparer, RawPrompt
+from server.chat.tools import parse_tools
 from server.errors import (
     InvalidType,
+    MediaError,
     MissingParameter,
     UnknownParameter,
     UnsupportedParameter,
@@ -28,8 +34,13 @@ from server.errors import (
 
 Result = TypeVar("Result")
 
+CONVERSATION_FIELDS: Final = (
+    *("add_generation_prompt", "continue_final_message", "media_options", "tools", "tool_choice"),
+)
+"""What has a meaning only with messages."""
+
 TOKENIZE_FIELDS: Final = frozenset(
-    {"model", "prompt", "messages", "add_special_tokens", "add_generation_prompt"}
+    {"model", "prompt", "messages", "add_special_tokens", *CONVERSATION_FIELDS}
 )
 DETOKENIZE_FIELDS: Final = frozenset({"model", "tokens"})
 
@@ -43,9 +54,8 @@ async def tokenize(request: Request) -> Response:
     prompt, messages = body.get("prompt"), body.get("messages")
     if (prompt is None) == (messages is None):
         raise MissingParameter("Either prompt or messages is required.", param="prompt")
-    preparer: Preparer = request.app.state.preparer
     encode = _text if messages is None else _conversation
-    ids = await _answered(request, encode(preparer, body))
+    ids = await _answered(request, encode(request, body))
     max_model_len = context_length(request)
     return json_response({"count": len(ids), "max_model_len": max_model_len, "tokens": ids})
 
@@ -60,7 +70,8 @@ async def detokenize(request: Request) -> Response:
     if not isinstance(tokens, list):
         raise InvalidType("tokens must be an array.", param="tokens")
     preparer: Preparer = request.app.state.preparer
-    return json_response({"prompt": await _answered(request, preparer.decode(tokens, "tokens"))})
+    decode = preparer.decode(tokens, "tokens", tenant=request.state.tenant)
+    return json_response({"prompt": await _answered(request, decode)})
 
 
 @router.get("/tokenizer_info")
@@ -85,20 +96,22 @@ async def _answered(request: Request, work: Coroutine[Any, Any, Result]) -> Resu
         return await in_time(work, receive=request.receive, deadline_s=deadline_s)
 
 
-async def _text(preparer: Preparer, body: Mapping[str, Any]) -> list[int]:
+async def _text(request: Request, body: Mapping[str, Any]) -> Sequence[int]:
     prompt = body["prompt"]
     if not isinstance(prompt, str):
         raise InvalidType("prompt must be a string.", param="prompt")
-    if body.get("add_generation_prompt") is not None:
-        raise UnsupportedParameter(
-            "add_generation_prompt has a meaning only with messages.",
-            param="add_generation_prompt",
-        )
-    adds_special = _flag(body, "add_special_tokens") is not False
-    return await preparer.encode_raw(RawPrompt(prompt, "prompt"), add_special_tokens=adds_special)
+    for name in CONVERSATION_FIELDS:
+        if body.get(name) is not None:
+            raise UnsupportedParameter(f"{name} has a meaning only with messages.", param=name)
+    preparer: Preparer = request.app.state.preparer
+    return await preparer.encode_raw(
+        RawPrompt(prompt, "prompt"),
+        tenant=request.state.tenant,
+        add_special_tokens=_flag(body, "add_special_tokens") is not False,
+    )
 
 
-async def _conversation(preparer: Preparer, body: Mapping[str, Any]) -> list[int]:
+async def _conversation(request: Request, body: Mapping[str, Any]) -> Sequence[int]:
     messages = body["messages"]
     if not isinstance(messages, list):
         raise InvalidType("messages must be an array.", param="messages")
@@ -107,7 +120,25 @@ async def _conversation(preparer: Preparer, body: Mapping[str, Any]) -> list[int
             "add_special_tokens has no meaning with messages: their template has them.",
             param="add_special_tokens",
         )
-    return await preparer.encode_messages(messages)
+    options, token_budget = parse_request_options(body.get("media_options"), "media_options")
+    asked = ChatRequest(
+        messages,
+        media_options=options,
+        visual_token_budget=token_budget,
+        ending=parse_ending(
+            _flag(body, "add_generation_prompt"), _flag(body, "continue_final_message")
+        ),
+        tools=parse_tools(body.get("tools"), body.get("tool_choice"), None),
+    )
+    preparer: Preparer = request.app.state.preparer
+    metrics = request.app.state.metrics
+    try:
+        prompt = await preparer.encode_messages(asked, tenant=request.state.tenant)
+    except MediaError as error:
+        metrics.count_medium(error.kind, error.code)
+        raise
+    MediaUsage(metrics).prepared(prompt.reports)
+    return prompt.ids
 
 
 async def _read(request: Request, known: frozenset[str]) -> dict[str, Any]:
@@ -121,11 +152,6 @@ async def _read(request: Request, known: frozenset[str]) -> dict[str, Any]:
         if not isinstance(model, str):
             raise InvalidType("model must be a string.", param="model")
         check_name(request.app.state.model, model)
-    if _flag(body, "add_generation_prompt") is False:
-        raise UnsupportedParameter(
-            "add_generation_prompt false is not supported by this server.",
-            param="add_generation_prompt",
-        )
     return body
 
 

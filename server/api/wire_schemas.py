@@ -27,6 +27,7 @@ from server.api.schemas import (
     MAX_METADATA_KEY_CHARS,
     MAX_METADATA_VALUE_CHARS,
     MAX_PROMPTS,
+    MAX_SALT_BYTES,
     MAX_STOP_CHARS,
     MAX_STOP_STRINGS,
     MAX_USER_BYTES,
@@ -36,25 +37,32 @@ from server.api.schemas import (
     CompletionFields,
     StreamOptions,
 )
+from server.api.tokenize import CONVERSATION_FIELDS
 from server.chat.grammar import MAX_ENUM_VALUES, MAX_REGEX_CHARS, MAX_SCHEMA_BYTES
 from server.chat.options import FIELDS_OF, MAX_FPS, MIN_FPS, Detail
 from server.chat.parts import (
+    FIELDS_OF_ROLE,
     HINT_FIELDS,
+    MAX_CALL_ID_CHARS,
+    MAX_CALLS,
     MAX_FILENAME_CHARS,
     MAX_MESSAGES,
+    MAX_NAME_CHARS,
     MAX_PARTS,
     UNSUPPORTED_MESSAGE_FIELDS,
     OnError,
 )
+from server.chat.tools import MAX_DESCRIPTION_CHARS, MAX_TOOLS, Mode
 
 Schema: TypeAlias = dict[str, Any]
 
 _INT64_MAX = 2**63 - 1
-_NULL: Final[Schema] = {"type": "null"}
-_ANYTHING: Final[Schema] = {}
-_TEXT: Final[Schema] = {"type": "string"}
-_FLAG: Final[Schema] = {"type": "boolean"}
-_COUNT: Final[Schema] = {"type": "integer", "minimum": 0}
+NULL: Final[Schema] = {"type": "null"}
+ANYTHING: Final[Schema] = {}
+TEXT: Final[Schema] = {"type": "string"}
+FLAG: Final[Schema] = {"type": "boolean"}
+COUNT: Final[Schema] = {"type": "integer", "minimum": 0}
+CALL_ID: Final[Schema] = {"type": "string", "maxLength": MAX_CALL_ID_CHARS}
 _SOURCE: Final[Schema] = {"type": "string", "minLength": 1}
 _KEYWORDS: Final = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum"}
 """pydantic's own words, which it leaves where a validator stands before a bound."""
@@ -75,21 +83,23 @@ def one_of(*values: object) -> Schema:
 def _exactly(value: object) -> Schema:
     match value:
         case None:
-            return _NULL
+            return NULL
         case bool():
             return {"type": "boolean", "const": value}
         case []:
             return {"type": "array", "items": {}, "maxItems": 0}
         case [only]:
             return {"type": "array", "items": one_of(only), "minItems": 1, "maxItems": 1}
-        case _ if value == {}:
+        case dict() if value:
+            return record({name: one_of(each) for name, each in value.items()}, is_closed=True)
+        case dict():
             return {"type": "object", "maxProperties": 0}
         case _:
             return {"const": value}
 
 
 def or_null(schema: Schema) -> Schema:
-    return {"anyOf": [schema, _NULL]}
+    return {"anyOf": [schema, NULL]}
 
 
 def record(
@@ -136,7 +146,7 @@ def _options(*names: str, **more: Schema) -> Schema:
         {name: or_null(schema) for name, schema in fields.items()}, required=(), is_closed=True
     )
     if "fps" in fields:  # with num_frames two answers to one question
-        options["anyOf"] = [{"properties": {name: _NULL}} for name in ("fps", "num_frames")]
+        options["anyOf"] = [{"properties": {name: NULL}} for name in ("fps", "num_frames")]
     return options
 
 
@@ -195,7 +205,7 @@ _FILE: Final = _with_source(
 
 
 def _text_part(kind: str) -> Schema:
-    return record({"type": one_of(kind), "text": _TEXT}, is_closed=True)
+    return record({"type": one_of(kind), "text": TEXT}, is_closed=True)
 
 
 PART_SCHEMAS: Final[Mapping[str, Schema]] = {
@@ -251,15 +261,16 @@ PART_SCHEMAS: Final[Mapping[str, Schema]] = {
 }
 """A row for each of `chat/parts.PART_TYPES`."""
 
-_TEXT_PARTS: Final = ("text", "input_text")
+TEXT_PARTS: Final = ("text", "input_text")
 
 
 def _part_name(kind: str) -> str:
     return "".join(word.capitalize() for word in kind.split("_")) + "Part"
 
 
-def _any_part(kinds: Collection[str]) -> Schema:
-    names = {kind: _part_name(kind) for kind in kinds}
+def any_part(kinds: Collection[str], **named: str) -> Schema:
+    """Any of these kinds of parts; some schemas have names of their own."""
+    names = {kind: named.get(kind) or _part_name(kind) for kind in kinds}
     return {
         "oneOf": [reference(name) for name in names.values()],
         "discriminator": {
@@ -269,18 +280,26 @@ def _any_part(kinds: Collection[str]) -> Schema:
     }
 
 
-def _message(roles: Collection[str], content: Schema, *, needs_content: bool = True) -> Schema:
+def _message(
+    roles: Collection[str],
+    content: Schema,
+    *,
+    needed: Collection[str] = ("content",),
+    **own: Schema,
+) -> Schema:
+    """A closed message of these roles; `own` fields are of its role alone."""
     neutral = {name: one_of(*values) for name, values in UNSUPPORTED_MESSAGE_FIELDS.items()}
+    of_others = {name: one_of(*values) for name, (_, values) in FIELDS_OF_ROLE.items()}
     return record(
-        {"role": one_of(*roles), "content": content, **neutral},
-        required=("role", "content") if needs_content else ("role",),
+        {"role": one_of(*roles), "content": content, **neutral, **of_others, **own},
+        required=("role", *needed),
         is_closed=True,
     )
 
 
 def _content(part: str, *more: Schema, least: int = 0) -> Schema:
     """A text, parts, or one part; at least so long."""
-    text: Schema = {"type": "string", "minLength": least} if least else _TEXT
+    text: Schema = {"type": "string", "minLength": least} if least else TEXT
     parts = list_of(reference(part), minItems=least, maxItems=MAX_PARTS)
     return {"anyOf": [text, parts, reference(part), *more]}
 
@@ -293,30 +312,57 @@ _OF_MESSAGES: Final[Mapping[str, Schema]] = {
     "MediaOptions": _options(*_ANY_OPTION),
     "RequestMediaOptions": _options(*_ANY_OPTION, visual_token_budget=_BUDGET),
     **{_part_name(kind): schema for kind, schema in PART_SCHEMAS.items()},
-    "ContentPart": _any_part(PART_SCHEMAS),
-    "TextContentPart": _any_part(_TEXT_PARTS),
+    "ContentPart": any_part(PART_SCHEMAS),
+    "TextContentPart": any_part(TEXT_PARTS),
     "SystemMessage": _message(("system", "developer"), _content("TextContentPart")),
     "UserMessage": _message(("user",), _content("ContentPart", least=1)),
     "AssistantMessage": _message(
-        ("assistant",), _content("TextContentPart", _NULL), needs_content=False
+        ("assistant",),
+        _content("TextContentPart", NULL),
+        needed=(),
+        tool_calls=or_null(list_of(reference("MessageCall"), maxItems=MAX_CALLS)),
+    ),
+    "ToolMessage": _message(
+        ("tool",),
+        _content("TextContentPart"),
+        needed=("content", "tool_call_id"),
+        tool_call_id=TEXT,
+        name=or_null(TEXT),
+    ),
+    "MessageCall": record(
+        {
+            "id": CALL_ID,
+            "type": one_of("function", None),
+            "function": record(
+                {
+                    "name": {"type": "string", "maxLength": MAX_NAME_CHARS},
+                    "arguments": or_null(TEXT),
+                },
+                required=("name",),
+                is_closed=True,
+            ),
+            "index": ANYTHING,
+        },
+        required=("id", "function"),
+        is_closed=True,
     ),
     "Message": {
-        "anyOf": [reference(name) for name in ("SystemMessage", "UserMessage", "AssistantMessage")]
+        "anyOf": [
+            reference(name)
+            for name in ("SystemMessage", "UserMessage", "AssistantMessage", "ToolMessage")
+        ]
     },
 }
 
 # Requests -----------------------------------------------------------------------------------------
 
-_JSON_SCHEMA: Final = record(
-    {
-        "name": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"},
-        "schema": reference("JsonSchema"),
-        "strict": or_null(_FLAG),
-        "description": or_null(_TEXT),
-    },
-    required=("name", "schema"),
-    is_closed=True,
-)
+JSON_SCHEMA_FIELDS: Final[Mapping[str, Schema]] = {
+    "name": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"},
+    "schema": reference("JsonSchema"),
+    "strict": or_null(FLAG),
+    "description": or_null(TEXT),
+}
+_JSON_SCHEMA: Final = record(JSON_SCHEMA_FIELDS, required=("name", "schema"), is_closed=True)
 _FORM_SCHEMAS: Final[Mapping[str, Schema]] = {
     "json": reference("JsonSchema"),
     "regex": {"type": "string", "minLength": 1, "maxLength": MAX_REGEX_CHARS},
@@ -326,7 +372,7 @@ _FORM_SCHEMAS: Final[Mapping[str, Schema]] = {
 _FORMS: Final[Mapping[str, Schema]] = {
     "JsonSchema": {"type": "object", "description": "A JSON Schema, with references `#/...` only"},
     "PlainResponseFormat": record(
-        {"type": one_of("text", "json_object"), "json_schema": _NULL},
+        {"type": one_of("text", "json_object"), "json_schema": NULL},
         required=("type",),
         is_closed=True,
     ),
@@ -351,15 +397,52 @@ _FORMS: Final[Mapping[str, Schema]] = {
     },
 }
 
+FUNCTION_NAME: Final[Schema] = {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"}
+FUNCTION_FIELDS: Final[Mapping[str, Schema]] = {
+    "name": FUNCTION_NAME,
+    "description": or_null({"type": "string", "maxLength": MAX_DESCRIPTION_CHARS}),
+    "parameters": or_null(reference("JsonSchema")),
+    "strict": or_null(FLAG),
+}
+CHOICE_WORDS: Final = one_of(*get_args(Mode))
+_TOOLS: Final[Mapping[str, Schema]] = {
+    "Tool": record(
+        {"type": one_of("function"), "function": reference("FunctionDefinition")}, is_closed=True
+    ),
+    "FunctionDefinition": record(FUNCTION_FIELDS, required=("name",), is_closed=True),
+    "NamedTool": record(
+        {"type": one_of("function"), "function": record({"name": FUNCTION_NAME}, is_closed=True)},
+        is_closed=True,
+    ),
+    "AllowedTools": record(
+        {
+            "type": one_of("allowed_tools"),
+            "allowed_tools": record(
+                {
+                    "mode": one_of("auto", "required"),
+                    "tools": list_of(reference("NamedTool"), minItems=1, maxItems=MAX_TOOLS),
+                },
+                is_closed=True,
+            ),
+        },
+        is_closed=True,
+    ),
+}
+
 _HINT: Final[Schema] = {"type": "string", "maxLength": MAX_USER_BYTES}
 _STOP: Final[Schema] = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
-_TOKEN_IDS: Final = list_of(_COUNT)
+_TOKEN_IDS: Final = list_of(COUNT)
 
 BY_HAND: Final[Mapping[str, Schema]] = {
     "messages": _MESSAGES,
     "response_format": or_null(reference("ResponseFormat")),
     "structured_outputs": or_null(reference("StructuredOutputs")),
     "media_options": or_null(reference("RequestMediaOptions")),
+    "tools": or_null(list_of(reference("Tool"), maxItems=MAX_TOOLS)),
+    "tool_choice": {
+        "anyOf": [CHOICE_WORDS, reference("NamedTool"), reference("AllowedTools"), NULL]
+    },
+    "cache_salt": or_null({"type": "string", "minLength": 1, "maxLength": MAX_SALT_BYTES}),
     "user": or_null(_HINT),
     "safety_identifier": or_null(_HINT),
     "prompt_cache_key": or_null(_HINT),
@@ -367,8 +450,8 @@ BY_HAND: Final[Mapping[str, Schema]] = {
     "continuous_usage_stats": one_of(False, None),
     "prompt": {
         "anyOf": [
-            _TEXT,
-            list_of(_TEXT, minItems=1, maxItems=MAX_PROMPTS),
+            TEXT,
+            list_of(TEXT, minItems=1, maxItems=MAX_PROMPTS),
             _TOKEN_IDS | {"minItems": 1},
             list_of(_TOKEN_IDS, minItems=1, maxItems=MAX_PROMPTS),
         ]
@@ -387,7 +470,7 @@ _MORE: Final[Mapping[str, Schema]] = {
 
 NOTES: Final[Mapping[str, str]] = {
     "model": "the served name, or one of its aliases",
-    "messages": "system, developer, user and assistant, of text, pictures and videos",
+    "messages": "system, developer, user, assistant and tool, of text, pictures and videos",
     "max_tokens": "how long the answer may become; no more than the context leaves",
     "max_completion_tokens": "the same as `max_tokens`",
     "temperature": "0 is greedy",
@@ -420,6 +503,13 @@ NOTES: Final[Mapping[str, str]] = {
     "response_format": "`text`, `json_object` or `json_schema`, which is always kept to",
     "structured_outputs": "exactly one of `json`, `regex`, `choice`, `grammar`",
     "media_options": "how pictures and videos are looked at",
+    "tools": "functions, each held to its schema",
+    "tool_choice": "`none`, `auto`, `required`, a function, or `allowed_tools`",
+    "parallel_tool_calls": "`false` allows one call at a time",
+    "add_generation_prompt": "`false` begins no turn of the assistant's",
+    "continue_final_message": "`true` goes on with the last message",
+    "echo": "`true` puts the last message before the answer",
+    "cache_salt": f"up to {MAX_SALT_BYTES} bytes; shares caches only with the same",
 }
 """A few words on each field that is honoured, for the document and the compatibility list."""
 
@@ -434,10 +524,17 @@ COMPLETION_NOTES: Final[Mapping[str, str]] = {
 }
 
 
-def fields_of(model: type[BaseModel], notes: Mapping[str, str]) -> dict[str, Schema]:
+def chat_fields() -> dict[str, Schema]:
+    """The fields that a chat request honours."""
+    return fields_of(ChatCompletionRequest, NOTES)
+
+
+def fields_of(
+    model: type[BaseModel], notes: Mapping[str, str], by_hand: Mapping[str, Schema] = BY_HAND
+) -> dict[str, Schema]:
     """The fields of a request's model with their bounds, each as the wire has it."""
     own = model.model_json_schema()["properties"]
-    fields = {name: BY_HAND.get(name) or _adapted(schema) for name, schema in own.items()}
+    fields = {name: by_hand.get(name) or _adapted(schema) for name, schema in own.items()}
     for name in fields.keys() & _MORE:
         first, *others = fields[name]["anyOf"]
         fields[name] = {"anyOf": [first | _MORE[name], *others]}
@@ -464,7 +561,7 @@ def _adapted(schema: Any) -> Any:
     }
 
 
-def _neutral(unsupported: Mapping[str, tuple[object, ...]]) -> dict[str, Schema]:
+def neutral_only(unsupported: Mapping[str, tuple[object, ...]]) -> dict[str, Schema]:
     return {
         name: one_of(*values, None) | {"description": "Not supported: only what asks for nothing."}
         for name, values in unsupported.items()
@@ -473,17 +570,18 @@ def _neutral(unsupported: Mapping[str, tuple[object, ...]]) -> dict[str, Schema]
 
 def _requests(*, is_strict: bool) -> dict[str, Schema]:
     """The bodies of the POST routes. `is_strict` refuses fields that nobody knows."""
-    chat = fields_of(ChatCompletionRequest, NOTES)
+    chat = chat_fields()
     own = fields_of(CompletionFields, COMPLETION_NOTES)
     shared = {name: chat[name] for name in SHARED_FIELDS}
-    of_both = {"model": or_null(_TEXT)}
-    add_generation_prompt = one_of(True, None)
+    of_both = {"model": or_null(TEXT)}
     return {
         "ChatCompletionRequest": record(
-            {**chat, **_neutral(UNSUPPORTED)}, required=("model", "messages"), is_closed=is_strict
+            {**chat, **neutral_only(UNSUPPORTED)},
+            required=("model", "messages"),
+            is_closed=is_strict,
         ),
         "CompletionRequest": record(
-            {**shared, **own, **_neutral(COMPLETION_UNSUPPORTED)},
+            {**shared, **own, **neutral_only(COMPLETION_UNSUPPORTED)},
             required=("model", "prompt"),
             is_closed=is_strict,
         ),
@@ -493,10 +591,10 @@ def _requests(*, is_strict: bool) -> dict[str, Schema]:
                 record(
                     {
                         **of_both,
-                        "prompt": _TEXT,
-                        "messages": _NULL,
-                        "add_special_tokens": or_null(_FLAG),
-                        "add_generation_prompt": _NULL,
+                        "prompt": TEXT,
+                        "messages": NULL,
+                        "add_special_tokens": or_null(FLAG),
+                        **dict.fromkeys(CONVERSATION_FIELDS, NULL),
                     },
                     required=("prompt",),
                     is_closed=True,
@@ -505,9 +603,9 @@ def _requests(*, is_strict: bool) -> dict[str, Schema]:
                     {
                         **of_both,
                         "messages": _MESSAGES,
-                        "prompt": _NULL,
+                        "prompt": NULL,
                         "add_special_tokens": one_of(False, None),
-                        "add_generation_prompt": add_generation_prompt,
+                        **{name: chat[name] for name in CONVERSATION_FIELDS},
                     },
                     required=("messages",),
                     is_closed=True,
@@ -549,6 +647,7 @@ def _requests(*, is_strict: bool) -> dict[str, Schema]:
 _MILLISECONDS: Final[Schema] = {"type": "number", "minimum": 0}
 _NULL_OR_NUMBER: Final = or_null({"type": "number"})
 _FINISH: Final = one_of("stop", "length")
+_CHAT_FINISH: Final = one_of("stop", "length", "tool_calls")
 _LISTED: Final[Schema] = one_of("list")
 
 
@@ -556,10 +655,10 @@ def _of_answer(kind: str, choice: str, *more: str) -> Schema:
     """An answer or a piece of one; `more` fields are always there."""
     return record(
         {
-            "id": _TEXT,
+            "id": TEXT,
             "object": one_of(kind),
-            "created": _COUNT,
-            "model": _TEXT,
+            "created": COUNT,
+            "model": TEXT,
             "choices": list_of(reference(choice)),
             "usage": or_null(reference("Usage")) if "usage" not in more else reference("Usage"),
             "service_tier": one_of("default"),
@@ -569,7 +668,7 @@ def _of_answer(kind: str, choice: str, *more: str) -> Schema:
 
 
 _TOKEN: Final[Mapping[str, Schema]] = {
-    "token": _TEXT,
+    "token": TEXT,
     "logprob": {"type": "number", "maximum": 0},
     "bytes": list_of({"type": "integer", "minimum": 0, "maximum": 255}),
 }
@@ -579,37 +678,69 @@ _ANSWERS: Final[Mapping[str, Schema]] = {
     "ChatCompletionChunk": _of_answer("chat.completion.chunk", "ChatChunkChoice"),
     "ChatChoice": record(
         {
-            "index": _COUNT,
-            "message": record({"role": one_of("assistant"), "content": _TEXT, "refusal": _NULL}),
+            "index": COUNT,
+            "message": record(
+                {
+                    "role": one_of("assistant"),
+                    "content": or_null(TEXT),
+                    "refusal": NULL,
+                    "tool_calls": list_of(reference("ToolCall"), minItems=1),
+                },
+                required=("role", "content", "refusal"),
+            ),
             "logprobs": or_null(reference("ChatLogprobs")),
-            "finish_reason": _FINISH,
+            "finish_reason": _CHAT_FINISH,
         }
     ),
     "ChatChunkChoice": record(
         {
-            "index": _COUNT,
-            "delta": record({"role": one_of("assistant"), "content": _TEXT}, required=()),
+            "index": COUNT,
+            "delta": record(
+                {
+                    "role": one_of("assistant"),
+                    "content": TEXT,
+                    "tool_calls": list_of(reference("ToolCallPiece"), minItems=1),
+                },
+                required=(),
+            ),
             "logprobs": or_null(reference("ChatLogprobs")),
-            "finish_reason": or_null(_FINISH),
+            "finish_reason": or_null(_CHAT_FINISH),
         }
+    ),
+    "ToolCall": record(
+        {
+            "id": TEXT,
+            "type": one_of("function"),
+            "function": record({"name": TEXT, "arguments": TEXT}),
+        }
+    ),
+    "ToolCallPiece": record(
+        {
+            "index": COUNT,
+            "id": TEXT,
+            "type": one_of("function"),
+            "function": record({"name": TEXT, "arguments": TEXT}, required=("arguments",)),
+        },
+        required=("index", "function"),
+        description="The first piece of a call has its id and name, later ones more arguments.",
     ),
     "ChatLogprobs": record(
         {
             "content": list_of(record({**_TOKEN, "top_logprobs": list_of(record(_TOKEN))})),
-            "refusal": _NULL,
+            "refusal": NULL,
         }
     ),
     "Usage": record(
         {
-            "prompt_tokens": _COUNT,
-            "completion_tokens": _COUNT,
-            "total_tokens": _COUNT,
+            "prompt_tokens": COUNT,
+            "completion_tokens": COUNT,
+            "total_tokens": COUNT,
             "prompt_tokens_details": record(
                 {
-                    "cached_tokens": _COUNT,
-                    "text_tokens": _COUNT,
-                    "image_tokens": _COUNT,
-                    "video_tokens": _COUNT,
+                    "cached_tokens": COUNT,
+                    "text_tokens": COUNT,
+                    "image_tokens": COUNT,
+                    "video_tokens": COUNT,
                 }
             ),
             "media": list_of(reference("MediaItem")),
@@ -623,17 +754,17 @@ _ANSWERS: Final[Mapping[str, Schema]] = {
     ),
     "MediaItem": record(
         {
-            "path": _TEXT,
+            "path": TEXT,
             "type": one_of("image", "video"),
-            "width": or_null(_COUNT),
-            "height": or_null(_COUNT),
+            "width": or_null(COUNT),
+            "height": or_null(COUNT),
             "duration_s": _NULL_OR_NUMBER,
-            "frames": or_null(_COUNT),
-            "grids": or_null(_COUNT),
-            "tokens": _COUNT,
+            "frames": or_null(COUNT),
+            "grids": or_null(COUNT),
+            "tokens": COUNT,
             "options": {"type": "object"},
-            "cache": _TEXT,
-            "error": or_null(_TEXT),
+            "cache": TEXT,
+            "error": or_null(TEXT),
             "fetch_ms": _MILLISECONDS,
             "decode_ms": _MILLISECONDS,
             "preprocess_ms": _MILLISECONDS,
@@ -643,95 +774,95 @@ _ANSWERS: Final[Mapping[str, Schema]] = {
     "ChatDryRun": record(
         {
             "object": one_of("chat.completion.dry_run"),
-            "model": _TEXT,
-            "prompt": _TEXT,
+            "model": TEXT,
+            "prompt": TEXT,
             "usage": record(
                 {
-                    "prompt_tokens": _COUNT,
+                    "prompt_tokens": COUNT,
                     "prompt_tokens_details": record(
-                        {"text_tokens": _COUNT, "image_tokens": _COUNT, "video_tokens": _COUNT}
+                        {"text_tokens": COUNT, "image_tokens": COUNT, "video_tokens": COUNT}
                     ),
                     "media": list_of(reference("MediaItem")),
                 }
             ),
-            "context": record({"max_model_len": _COUNT, "left_tokens": _COUNT}),
-            "n": _COUNT,
+            "context": record({"max_model_len": COUNT, "left_tokens": COUNT}),
+            "n": COUNT,
             "priority": {"type": "integer"},
-            "stop": list_of(_TEXT),
+            "stop": list_of(TEXT),
             "sampling": {"type": "object"},
-            "has_grammar": _FLAG,
+            "has_grammar": FLAG,
         }
     ),
     "Completion": _of_answer("text_completion", "CompletionChoice", "usage"),
     "CompletionChunk": _of_answer("text_completion", "CompletionChunkChoice"),
     "CompletionChoice": record(
         {
-            "index": _COUNT,
-            "text": _TEXT,
+            "index": COUNT,
+            "text": TEXT,
             "logprobs": or_null(reference("CompletionLogprobs")),
             "finish_reason": _FINISH,
         }
     ),
     "CompletionChunkChoice": record(
         {
-            "index": _COUNT,
-            "text": _TEXT,
+            "index": COUNT,
+            "text": TEXT,
             "logprobs": or_null(reference("CompletionLogprobs")),
             "finish_reason": or_null(_FINISH),
         }
     ),
     "CompletionLogprobs": record(
         {
-            "tokens": list_of(_TEXT),
+            "tokens": list_of(TEXT),
             "token_logprobs": list_of(_NULL_OR_NUMBER),
             "top_logprobs": list_of(
                 or_null({"type": "object", "additionalProperties": {"type": "number"}})
             ),
-            "text_offset": list_of(_COUNT),
+            "text_offset": list_of(COUNT),
         }
     ),
-    "Tokens": record({"count": _COUNT, "max_model_len": _COUNT, "tokens": _TOKEN_IDS}),
-    "DetokenizedText": record({"prompt": _TEXT}),
+    "Tokens": record({"count": COUNT, "max_model_len": COUNT, "tokens": _TOKEN_IDS}),
+    "DetokenizedText": record({"prompt": TEXT}),
     "TokenizerInfo": record(
         {
-            "tokenizer_class": _TEXT,
-            "vocab_size": _COUNT,
-            "max_model_len": _COUNT,
-            "special_tokens": {"type": "object", "additionalProperties": _COUNT},
+            "tokenizer_class": TEXT,
+            "vocab_size": COUNT,
+            "max_model_len": COUNT,
+            "special_tokens": {"type": "object", "additionalProperties": COUNT},
         },
     )
     | {"additionalProperties": True},
     "Model": record(
         {
-            "id": _TEXT,
+            "id": TEXT,
             "object": one_of("model"),
-            "created": _COUNT,
-            "owned_by": _TEXT,
-            "max_model_len": _COUNT,
+            "created": COUNT,
+            "owned_by": TEXT,
+            "max_model_len": COUNT,
             "modalities": list_of(one_of("text", "image", "video")),
             "media_tokens": {
                 "type": "object",
-                "additionalProperties": record({"least": _COUNT, "most": _COUNT}),
+                "additionalProperties": record({"least": COUNT, "most": COUNT}),
             },
         }
     ),
     "ModelList": record({"object": _LISTED, "data": list_of(reference("Model"))}),
     "Limits": record(
         {
-            "http": record(dict.fromkeys((*HTTP_SETTINGS, *HTTP_CONSTANTS), _ANYTHING)),
-            "media": record(dict.fromkeys(MEDIA_SETTINGS, _ANYTHING)),
-            "engine": record(dict.fromkeys((*ENGINE_SETTINGS, "kv_cache_tokens"), _ANYTHING)),
-            "chat": record(dict.fromkeys(CHAT_CONSTANTS, _COUNT)),
+            "http": record(dict.fromkeys((*HTTP_SETTINGS, *HTTP_CONSTANTS), ANYTHING)),
+            "media": record(dict.fromkeys(MEDIA_SETTINGS, ANYTHING)),
+            "engine": record(dict.fromkeys((*ENGINE_SETTINGS, "kv_cache_tokens"), ANYTHING)),
+            "chat": record(dict.fromkeys(CHAT_CONSTANTS, COUNT)),
         }
     ),
     "File": record(
         {
-            "id": _TEXT,
+            "id": TEXT,
             "object": one_of("file"),
-            "bytes": _COUNT,
-            "created_at": _COUNT,
-            "expires_at": _COUNT,
-            "filename": _TEXT,
+            "bytes": COUNT,
+            "created_at": COUNT,
+            "expires_at": COUNT,
+            "filename": TEXT,
             "purpose": one_of(*PURPOSES),
             "status": one_of("processed"),
         }
@@ -740,12 +871,12 @@ _ANSWERS: Final[Mapping[str, Schema]] = {
         {
             "object": _LISTED,
             "data": list_of(reference("File")),
-            "first_id": or_null(_TEXT),
-            "last_id": or_null(_TEXT),
-            "has_more": _FLAG,
+            "first_id": or_null(TEXT),
+            "last_id": or_null(TEXT),
+            "has_more": FLAG,
         }
     ),
-    "FileDeleted": record({"id": _TEXT, "object": one_of("file"), "deleted": one_of(True)}),
+    "FileDeleted": record({"id": TEXT, "object": one_of("file"), "deleted": one_of(True)}),
     "Health": record({"status": one_of("ok")}),
     "Readiness": record({"status": one_of("ready")}),
 }
@@ -794,6 +925,7 @@ def all_schemas(*, is_strict: bool) -> dict[str, Schema]:
         **_requests(is_strict=is_strict),
         **_OF_MESSAGES,
         **_FORMS,
+        **_TOOLS,
         **_ANSWERS,
         **{error_name(status): _error(status) for status in sorted(error_codes())},
     }

@@ -1,25 +1,24 @@
 """What a request says of the form of its answer: `response_format` and `structured_outputs`.
 
-`parse_constraint` judges shape and size and makes of it one grammar as llguidance takes it. Whether
-that can be matched is proved elsewhere, before the engine is asked for anything. JSON comes out
-compact: where white space is free a weak model may go on with it for ever.
+`parse_constraint` and `parse_format` judge shape and size and make of it one grammar as llguidance
+takes it. Whether that can be matched is proved elsewhere, before the engine is asked for anything.
+JSON comes out compact: where white space is free a weak model may go on with it for ever.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from server.chat.fields import as_object, refuse_unknown
 from server.errors import (
     InvalidRequest,
     InvalidSchema,
     InvalidType,
     MissingParameter,
-    UnknownParameter,
-    quoted,
 )
 
 MAX_SCHEMA_BYTES: Final = 64 * 1024
@@ -28,6 +27,8 @@ MAX_PROPERTIES: Final = 1_000
 MAX_ENUM_VALUES: Final = 1_000
 MAX_REGEX_CHARS: Final = 512
 
+_FORMATS: Final = ("text", "json_object", "json_schema")
+_DESCRIPTION: Final = ("name", "schema", "strict", "description")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 _JSON_OPTIONS: Final = {
     "whitespace_flexible": False,
@@ -45,6 +46,14 @@ _NOT_FOLLOWED: Final = frozenset(
 """Keywords that the library takes for notes, though they mean something, and its own. Those that it
 knows not to support it refuses itself; others are notes, as JSON Schema wants it."""
 
+_COMBINING: Final = frozenset(
+    {
+        *("$ref", "anyOf", "oneOf", "if", "not", "dependentSchemas", "patternProperties"),
+        "unevaluatedProperties",
+    }
+)
+"""Keywords beside which `properties` do not name all members."""
+
 _VALUES: Final = frozenset({"const", "default", "enum", "example", "examples"})
 """Keywords that hold values: what is in them is no schema."""
 
@@ -54,10 +63,14 @@ _NAMED: Final = frozenset({"properties", "patternProperties", "$defs", "definiti
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """A grammar that has not been proved yet, and the parameter it was made from."""
+    """A grammar that has not been proved yet, and the parameter it was made from.
+
+    `rule` is the same as the right side of a Lark rule; None of a whole grammar of the client's.
+    """
 
     grammar: str
     param: str
+    rule: str | None = None
 
 
 def parse_constraint(response_format: object, structured_outputs: object) -> Constraint | None:
@@ -72,28 +85,53 @@ def parse_constraint(response_format: object, structured_outputs: object) -> Con
     return by_format or by_extension
 
 
+def parse_format(wanted: object, path: str) -> Constraint | None:
+    """The same of the format of OpenAI's Responses, where the schema lies beside its type."""
+    if wanted is None:
+        return None
+    fields = _object(wanted, path, {"type", *_DESCRIPTION})
+    kind = _kind_of_format(fields, f"{path}.type")
+    if kind == "json_schema":
+        return _of_description(fields, path)
+    for name in _DESCRIPTION:
+        if fields.get(name) is not None:
+            raise InvalidRequest(
+                f"{path}.{name} is allowed only with a json_schema.", param=f"{path}.{name}"
+            )
+    return None if kind == "text" else _any_object(path)
+
+
 def _of_response_format(wanted: object) -> Constraint | None:
     if wanted is None:
         return None
     fields = _object(wanted, "response_format", {"type", "json_schema"})
-    kind = fields.get("type")
-    if kind is None:
-        raise MissingParameter("response_format.type is required.", param="response_format.type")
-    if kind not in ("text", "json_object", "json_schema"):
-        raise InvalidRequest(
-            "response_format.type must be 'text', 'json_object' or 'json_schema'.",
-            param="response_format.type",
-        )
+    kind = _kind_of_format(fields, "response_format.type")
     path = "response_format.json_schema"
     if kind != "json_schema":
         if fields.get("json_schema") is not None:
             raise InvalidRequest(f"{path} is allowed only with that type.", param=path)
-        if kind == "text":
-            return None
-        return Constraint(_json_grammar({"type": "object"}), "response_format")
+        return None if kind == "text" else _any_object("response_format")
     if fields.get("json_schema") is None:
         raise MissingParameter(f"{path} is required.", param=path)
-    described = _object(fields["json_schema"], path, {"name", "schema", "strict", "description"})
+    described = _object(fields["json_schema"], path, _DESCRIPTION)
+    return _of_description(described, path)
+
+
+def _kind_of_format(fields: Mapping[str, Any], path: str) -> str:
+    kind = fields.get("type")
+    if kind is None:
+        raise MissingParameter(f"{path} is required.", param=path)
+    if kind not in _FORMATS:
+        raise InvalidRequest(f"{path} must be 'text', 'json_object' or 'json_schema'.", param=path)
+    return str(kind)
+
+
+def _any_object(path: str) -> Constraint:
+    return _of_json({"type": "object"}, path)
+
+
+def _of_description(described: Mapping[str, Any], path: str) -> Constraint:
+    """A schema with its name, which is required though nothing depends on it."""
     name = described.get("name")
     if name is None:
         raise MissingParameter(f"{path}.name is required.", param=f"{path}.name")
@@ -125,6 +163,11 @@ def _of_structured_outputs(wanted: object) -> Constraint | None:
 
 
 def _of_schema(schema: object, path: str) -> Constraint:
+    return _of_json(check_schema(schema, path), path)
+
+
+def check_schema(schema: object, path: str) -> dict[str, Any]:
+    """The same; raises what is wrong with its shape or size."""
     if not isinstance(schema, dict):
         raise InvalidType(f"{path} must be an object.", param=path)
     num_bytes = len(json.dumps(schema, ensure_ascii=False, separators=(",", ":")).encode())
@@ -138,7 +181,7 @@ def _of_schema(schema: object, path: str) -> Constraint:
         _check_strings(each, path)
     _limit(num_properties, MAX_PROPERTIES, "properties", path)
     _limit(num_values, MAX_ENUM_VALUES, "enum values", path)
-    return Constraint(_json_grammar(schema), path)
+    return schema
 
 
 def _check_strings(schema: Mapping[str, Any], path: str) -> None:
@@ -180,7 +223,7 @@ def _of_regex(regex: object, path: str) -> Constraint:
     text = _text(regex, path, MAX_REGEX_CHARS, "characters")
     # A slash would end it, and so would the end of the line.
     escaped = re.sub(r"\\.|/|\n", _escaped, text, flags=re.DOTALL)
-    return Constraint(_lark_grammar(f"start: /{escaped}/"), path)
+    return _of_rule(f"/{escaped}/", path)
 
 
 def _escaped(found: re.Match[str]) -> str:
@@ -195,13 +238,13 @@ def _of_choice(choices: object, path: str) -> Constraint:
     _limit(len(choices), MAX_ENUM_VALUES, "items", path)
     texts = [_text(each, f"{path}[{index}]") for index, each in enumerate(choices)]
     _limit(sum(len(text.encode()) for text in texts), MAX_SCHEMA_BYTES, "bytes", path)
-    return Constraint(_lark_grammar("start: " + " | ".join(map(json.dumps, texts))), path)
+    return _of_rule(" | ".join(map(json.dumps, texts)), path)
 
 
 def _of_grammar(grammar: object, path: str) -> Constraint:
     text = _text(grammar, path)
     _limit(len(text.encode()), MAX_SCHEMA_BYTES, "bytes", path)
-    return Constraint(_lark_grammar(text), path)
+    return Constraint(lark_grammar(text), path)
 
 
 _FORMS: Final[Mapping[str, Callable[[object, str], Constraint]]] = {
@@ -212,23 +255,64 @@ _FORMS: Final[Mapping[str, Callable[[object, str], Constraint]]] = {
 }
 
 
-def _json_grammar(schema: dict[str, Any]) -> str:
-    return json.dumps({"grammars": [{"json_schema": {**schema, "x-guidance": _JSON_OPTIONS}}]})
+def _of_json(schema: dict[str, Any], path: str) -> Constraint:
+    grammar = {"json_schema": {**_closed(schema), "x-guidance": _JSON_OPTIONS}}
+    return Constraint(json.dumps({"grammars": [grammar]}), path, json_rule(schema))
 
 
-def _lark_grammar(text: str) -> str:
+def _of_rule(rule: str, path: str) -> Constraint:
+    return Constraint(lark_grammar(f"start: {rule}"), path, rule)
+
+
+def json_rule(schema: dict[str, Any], *, separators: tuple[str, str] = (",", ":")) -> str:
+    """The right side of a Lark rule for JSON of this schema; `separators` are expressions."""
+    item, key = separators
+    options = _JSON_OPTIONS | {"item_separator": item, "key_separator": key}
+    return "%json " + json.dumps({**_closed(schema), "x-guidance": options})
+
+
+def _closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """The same, but objects have only the members that it names, where it does not say.
+
+    What is valid by that is valid by the schema; and a weak model, which might invent members for
+    ever, comes to an end. A schema that puts objects together of several is left as it is.
+    """
+    for each, _ in _schemas_in(schema):
+        if "allOf" in each or ("properties" in each and not _COMBINING.isdisjoint(each)):
+            return schema
+    return _with_closed_objects(schema)
+
+
+def _with_closed_objects(schema: dict[str, Any]) -> dict[str, Any]:
+    closed: dict[str, Any] = {}
+    for name, value in schema.items():
+        if name in _NAMED:
+            closed[name] = {key: _closed_value(each) for key, each in _mapping(value).items()}
+        else:
+            closed[name] = value if name in _VALUES else _closed_value(value)
+    members = _mapping(schema.get("properties"))
+    wanted = schema.get("required")
+    is_enough = isinstance(wanted, list) and members.keys() >= {str(each) for each in wanted}
+    if members and (wanted is None or is_enough) and "minProperties" not in schema:
+        closed.setdefault("additionalProperties", False)
+    return closed
+
+
+def _closed_value(value: object) -> object:
+    if isinstance(value, list):
+        return [_closed_value(each) for each in value]
+    return _with_closed_objects(value) if isinstance(value, dict) else value
+
+
+def lark_grammar(text: str) -> str:
+    """A grammar in Lark's form as llguidance takes it."""
     return json.dumps({"grammars": [{"lark_grammar": text}]})
 
 
-def _object(value: object, path: str, known: set[str]) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise InvalidType(f"{path} must be an object.", param=path)
-    for name in value:
-        if name not in known:
-            raise UnknownParameter(
-                f"{path} has the unknown key {quoted(name)}.", param=f"{path}.{name[:64]}"
-            )
-    return value
+def _object(value: object, path: str, known: Collection[str]) -> Mapping[str, Any]:
+    fields = as_object(value, path)
+    refuse_unknown(fields, path, known)
+    return fields
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

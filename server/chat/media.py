@@ -84,7 +84,9 @@ class Attachments(Protocol):
 class Fetcher(Protocol):
     """See `server.media.fetch`."""
 
-    async def fetch(self, url: str, *, kind: MediaKind, tenant: str) -> Fetched: ...
+    async def fetch(
+        self, url: str, *, kind: MediaKind, tenant: str, cache_salt: str
+    ) -> Fetched: ...
 
     async def close(self) -> None: ...
 
@@ -204,8 +206,10 @@ class MediaReader:
         self.num_blocking = 0
         """Calls in those threads, or waiting for one."""
 
-    def begin(self, *, tenant: str, attachments: Attachments | None) -> Reading:
-        return Reading(self, tenant=tenant, attachments=attachments)
+    def begin(
+        self, *, tenant: str, cache_salt: str = "", attachments: Attachments | None
+    ) -> Reading:
+        return Reading(self, tenant=tenant, cache_salt=cache_salt, attachments=attachments)
 
     async def run(self, work: Callable[[], _T], *, on_disk: bool = False) -> _T:
         """In a thread: base64, hashing and copying, or what may wait for a disk."""
@@ -235,11 +239,17 @@ class Reading:
     """The media of one request."""
 
     def __init__(
-        self, reader: MediaReader, *, tenant: str, attachments: Attachments | None
+        self,
+        reader: MediaReader,
+        *,
+        tenant: str,
+        cache_salt: str,
+        attachments: Attachments | None,
     ) -> None:
         self._reader = reader
         self._config = reader.config
         self._tenant = tenant
+        self._cache_salt = cache_salt
         self._attachments = attachments
         self._slots = asyncio.Semaphore(reader.config.max_fetches_per_request)
         self._num_bytes = 0
@@ -367,6 +377,7 @@ class Reading:
         spec = msgspec.json.encode(self._reader.spec)
         return cache_key(
             self._tenant,
+            self._cache_salt,
             type(job).__name__,
             msgspec.json.encode(job),
             spec,
@@ -431,7 +442,9 @@ class Reading:
         is_cached = False
         if form == "url":
             async with self._slots:
-                fetched = await self._reader.fetcher.fetch(source, kind=kind, tenant=self._tenant)
+                fetched = await self._reader.fetcher.fetch(
+                    source, kind=kind, tenant=self._tenant, cache_salt=self._cache_salt
+                )
             file, is_cached = fetched.file, fetched.cache != "miss"
         else:
             file = await self._find_here(form, source, kind)

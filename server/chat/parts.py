@@ -6,10 +6,12 @@ value at fault, never ignored. Nothing here fetches, decodes or renders anything
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, get_args
 
+from server.chat.fields import as_object, as_string, refuse_unknown, required
 from server.chat.options import NO_OPTIONS, MediaOptions, parse_detail, parse_options
 from server.config import MediaConfig
 from server.core import MediaKind
@@ -18,13 +20,11 @@ from server.errors import (
     InvalidRequest,
     InvalidType,
     MissingParameter,
-    StringTooLong,
-    UnknownParameter,
     UnsupportedParameter,
     quoted,
 )
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 OnError = Literal["fail", "skip", "placeholder"]
 """What becomes of a request whose medium cannot be used: it fails, or goes on without the medium,
 or with a note in its place."""
@@ -34,18 +34,23 @@ ROLES: Mapping[str, Role] = {
     "developer": "system",  # OpenAI's newer name for it
     "user": "user",
     "assistant": "assistant",
+    "tool": "tool",
 }
-UNSUPPORTED_ROLES = ("tool", "function")
+UNSUPPORTED_ROLES = ("function",)
 
 # Known message fields that this server has no use for, with the values that ask for nothing.
 UNSUPPORTED_MESSAGE_FIELDS: Mapping[str, tuple[object, ...]] = {
-    "name": (None,),
-    "tool_calls": (None, []),
-    "tool_call_id": (None,),
     "function_call": (None,),
     "refusal": (None,),
     "audio": (None,),
     "annotations": (None, []),
+}
+
+# The fields that only messages of some role have, with the values that ask for nothing elsewhere.
+FIELDS_OF_ROLE: Mapping[str, tuple[Role, tuple[object, ...]]] = {
+    "name": ("tool", (None,)),
+    "tool_calls": ("assistant", (None, [])),
+    "tool_call_id": ("tool", (None,)),
 }
 UNSUPPORTED_PART_TYPES = ("input_audio", "audio", "refusal")
 
@@ -53,6 +58,9 @@ MAX_MESSAGES = 1_024
 MAX_PARTS = 256
 MAX_FILENAME_CHARS = 255
 MAX_HINT_CHARS = 16_384
+MAX_CALLS = 128
+MAX_CALL_ID_CHARS = 512
+MAX_NAME_CHARS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +115,25 @@ Part: TypeAlias = TextPart | MediaPart
 
 
 @dataclass(frozen=True, slots=True)
+class Call:
+    """A function that the assistant called: its `arguments` are what the client's JSON said."""
+
+    id: str
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. Content that came as a plain string stays one: templates may treat it apart."""
+    """One turn. Content that came as a plain string stays one: templates may treat it apart.
+
+    A turn of the role "tool" answers an earlier `call`, and the assistant's may make `calls`.
+    """
 
     role: Role
     content: str | tuple[Part, ...]
+    calls: tuple[Call, ...] = ()
+    call: Call | None = None
 
     @property
     def media(self) -> tuple[MediaPart, ...]:
@@ -137,8 +159,10 @@ def parse_messages(messages: Sequence[object], limits: MediaConfig) -> tuple[Mes
             f"At most {MAX_MESSAGES} messages are accepted, not {len(messages)}.", param="messages"
         )
     _check_part_count(messages)
+    calls: dict[str, Call] = {}
     parsed = tuple(
-        _parse_message(message, f"messages[{index}]") for index, message in enumerate(messages)
+        _parse_message(message, f"messages[{index}]", calls)
+        for index, message in enumerate(messages)
     )
     check_media_counts([part for message in parsed for part in message.media], limits)
     return parsed
@@ -158,7 +182,7 @@ def with_parts(
                 changed.get(part.path, part) if isinstance(part, MediaPart) else part
                 for part in message.content
             ]
-            message = Message(message.role, tuple(part for part in parts if part is not None))
+            message = replace(message, content=tuple(part for part in parts if part is not None))
             _check_user_content(message, f"messages[{index}]")
         result.append(message)
     return tuple(result)
@@ -192,17 +216,28 @@ def check_media_counts(media: Sequence[MediaPart], limits: MediaConfig) -> None:
             )
 
 
-def _parse_message(value: object, path: str) -> Message:
-    message = _object(value, path)
+def _parse_message(value: object, path: str, calls: dict[str, Call]) -> Message:
+    """`calls` are those made so far, by their ids; the message's own are added."""
+    message = as_object(value, path)
     for name, neutral in UNSUPPORTED_MESSAGE_FIELDS.items():
         if name in message and message[name] not in neutral:
             raise UnsupportedParameter(
                 f"The message field {name} is not supported.", param=f"{path}.{name}"
             )
-    _refuse_unknown(message, path, ("role", "content", *UNSUPPORTED_MESSAGE_FIELDS))
+    known = ("role", "content", *FIELDS_OF_ROLE, *UNSUPPORTED_MESSAGE_FIELDS)
+    refuse_unknown(message, path, known)
     role = _parse_role(message, f"{path}.role")
+    for name, (owner, neutral) in FIELDS_OF_ROLE.items():
+        if role != owner and message.get(name) not in neutral:
+            raise UnsupportedParameter(
+                f"The field {name} is supported only in messages of the role {owner}.",
+                param=f"{path}.{name}",
+            )
     content = _parse_content(message.get("content"), role, f"{path}.content")
-    parsed = Message(role, content)
+    made = _parse_calls(message.get("tool_calls"), f"{path}.tool_calls")
+    answered = _parse_answered(message, path, calls) if role == "tool" else None
+    calls |= {call.id: call for call in made}
+    parsed = Message(role, content, made, answered)
     _check_user_content(parsed, path)
     if role != "user" and parsed.media:
         first = parsed.media[0]
@@ -213,6 +248,64 @@ def _parse_message(value: object, path: str) -> Message:
     return parsed
 
 
+def _parse_calls(value: object, path: str) -> tuple[Call, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise InvalidType("This must be an array.", param=path)
+    if len(value) > MAX_CALLS:
+        raise ArrayTooLong(f"At most {MAX_CALLS} calls are accepted in a message.", param=path)
+    return tuple(_parse_call(call, f"{path}[{index}]") for index, call in enumerate(value))
+
+
+def _parse_call(value: object, path: str) -> Call:
+    call = as_object(value, path)
+    # `index` is what a streamed call has, which some clients send back as it came.
+    refuse_unknown(call, path, ("id", "type", "function", "index"))
+    if call.get("type") not in (None, "function"):
+        raise UnsupportedParameter(
+            "Only calls of the type function are supported.", param=f"{path}.type"
+        )
+    call_id = as_string(
+        required(call, "id", f"{path}.id"), f"{path}.id", max_chars=MAX_CALL_ID_CHARS
+    )
+    path = f"{path}.function"
+    function = as_object(required(call, "function", path), path)
+    refuse_unknown(function, path, ("name", "arguments"))
+    name = as_string(
+        required(function, "name", f"{path}.name"), f"{path}.name", max_chars=MAX_NAME_CHARS
+    )
+    arguments = _parse_arguments(function.get("arguments"), f"{path}.arguments")
+    return Call(call_id, name, arguments)
+
+
+def _parse_arguments(value: object, path: str) -> Mapping[str, Any]:
+    """What the JSON text says. None and no text are no arguments: so do clients write that."""
+    text = "" if value is None else as_string(value, path)
+    if not text.strip():
+        return {}
+    try:
+        arguments = json.loads(text)
+        # What is no JSON (NaN, 1e999) or no text (half of a surrogate pair) is found only here.
+        json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise InvalidRequest("This must be the JSON of an object.", param=path)
+    return arguments
+
+
+def _parse_answered(message: Mapping[str, Any], path: str, calls: Mapping[str, Call]) -> Call:
+    """The call whose result a tool message is."""
+    id_path = f"{path}.tool_call_id"
+    call = calls.get(as_string(required(message, "tool_call_id", id_path), id_path))
+    if call is None:
+        raise InvalidRequest("No call before this message has this id.", param=id_path)
+    if message.get("name") not in (None, call.name):
+        raise InvalidRequest("The call with this id is of another name.", param=f"{path}.name")
+    return call
+
+
 def _check_user_content(message: Message, path: str) -> None:
     is_empty = not message.media and not any(text.strip() for text in message.texts)
     if message.role == "user" and is_empty:
@@ -220,13 +313,11 @@ def _check_user_content(message: Message, path: str) -> None:
 
 
 def _parse_role(message: Mapping[str, Any], path: str) -> Role:
-    role = _string(_required(message, "role", path), path)
+    role = as_string(required(message, "role", path), path)
     if role in UNSUPPORTED_ROLES:
         raise UnsupportedParameter(f"Messages of the role {role} are not supported.", param=path)
     if role not in ROLES:
-        raise InvalidRequest(
-            f"{quoted(role)} is not a role: use system, developer, user or assistant.", param=path
-        )
+        raise InvalidRequest(f"{quoted(role)} is not a role: use {', '.join(ROLES)}.", param=path)
     return ROLES[role]
 
 
@@ -236,7 +327,7 @@ def _parse_content(value: object, role: Role, path: str) -> str | tuple[Part, ..
             return ""
         raise MissingParameter(f"A {role} message needs content.", param=path)
     if isinstance(value, str):
-        return _string(value, path)
+        return as_string(value, path)
     if isinstance(value, Mapping):
         return (_parse_part(value, path),)
     if isinstance(value, list | tuple):
@@ -245,8 +336,8 @@ def _parse_content(value: object, role: Role, path: str) -> str | tuple[Part, ..
 
 
 def _parse_part(value: object, path: str) -> Part:
-    part = _object(value, path)
-    name = _string(_required(part, "type", f"{path}.type"), f"{path}.type")
+    part = as_object(value, path)
+    name = as_string(required(part, "type", f"{path}.type"), f"{path}.type")
     if name in UNSUPPORTED_PART_TYPES:
         raise UnsupportedParameter(
             f"Content parts of the type {name} are not supported.", param=f"{path}.type"
@@ -260,63 +351,63 @@ def _parse_part(value: object, path: str) -> Part:
 
 
 def _parse_text(part: Mapping[str, Any], path: str) -> TextPart:
-    _refuse_unknown(part, path, ("type", "text"))
-    return TextPart(_string(_required(part, "text", f"{path}.text"), f"{path}.text"))
+    refuse_unknown(part, path, ("type", "text"))
+    return TextPart(as_string(required(part, "text", f"{path}.text"), f"{path}.text"))
 
 
 def _parse_image_url(part: Mapping[str, Any], path: str) -> MediaPart:
-    _refuse_unknown(part, path, ("type", "image_url", *MEDIA_FIELDS))
-    value, value_path = _required(part, "image_url", f"{path}.image_url"), f"{path}.image_url"
+    refuse_unknown(part, path, ("type", "image_url", *MEDIA_FIELDS))
+    value, value_path = required(part, "image_url", f"{path}.image_url"), f"{path}.image_url"
     if isinstance(value, str):
         return _media("image", value, part, param=value_path, path=path)
-    image_url = _object(value, value_path)
-    _refuse_unknown(image_url, value_path, ("url", "detail"))
-    url = _required(image_url, "url", f"{value_path}.url")
+    image_url = as_object(value, value_path)
+    refuse_unknown(image_url, value_path, ("url", "detail"))
+    url = required(image_url, "url", f"{value_path}.url")
     detail = image_url.get("detail"), f"{value_path}.detail"
     return _media("image", url, part, detail=detail, param=f"{value_path}.url", path=path)
 
 
 def _parse_video_url(part: Mapping[str, Any], path: str) -> MediaPart:
-    _refuse_unknown(part, path, ("type", "video_url", *MEDIA_FIELDS))
-    value, value_path = _required(part, "video_url", f"{path}.video_url"), f"{path}.video_url"
+    refuse_unknown(part, path, ("type", "video_url", *MEDIA_FIELDS))
+    value, value_path = required(part, "video_url", f"{path}.video_url"), f"{path}.video_url"
     if isinstance(value, str):
         return _media("video", value, part, param=value_path, path=path)
-    video_url = _object(value, value_path)
-    _refuse_unknown(video_url, value_path, ("url",))
-    url = _required(video_url, "url", f"{value_path}.url")
+    video_url = as_object(value, value_path)
+    refuse_unknown(video_url, value_path, ("url",))
+    url = required(video_url, "url", f"{value_path}.url")
     return _media("video", url, part, param=f"{value_path}.url", path=path)
 
 
 def _parse_image(part: Mapping[str, Any], path: str) -> MediaPart:
-    _refuse_unknown(part, path, ("type", "image", *MEDIA_FIELDS))
-    source = _required(part, "image", f"{path}.image")
+    refuse_unknown(part, path, ("type", "image", *MEDIA_FIELDS))
+    source = required(part, "image", f"{path}.image")
     return _media("image", source, part, param=f"{path}.image", path=path)
 
 
 def _parse_video(part: Mapping[str, Any], path: str) -> MediaPart:
     """One source, or a list of pictures, which are its frames."""
-    _refuse_unknown(part, path, ("type", "video", *MEDIA_FIELDS))
-    source = _required(part, "video", f"{path}.video")
+    refuse_unknown(part, path, ("type", "video", *MEDIA_FIELDS))
+    source = required(part, "video", f"{path}.video")
     return _media("video", source, part, param=f"{path}.video", path=path)
 
 
 def _parse_file(part: Mapping[str, Any], path: str) -> MediaPart:
-    _refuse_unknown(part, path, ("type", "file", *MEDIA_FIELDS))
+    refuse_unknown(part, path, ("type", "file", *MEDIA_FIELDS))
     file_path = f"{path}.file"
-    file = _object(_required(part, "file", file_path), file_path)
-    _refuse_unknown(file, file_path, (*FILE_SOURCES, "filename"))
+    file = as_object(required(part, "file", file_path), file_path)
+    refuse_unknown(file, file_path, (*FILE_SOURCES, "filename"))
     return _file(file, part, file_path, path)
 
 
 def _parse_input_image(part: Mapping[str, Any], path: str) -> MediaPart:
-    _refuse_unknown(part, path, ("type", "image_url", "file_id", "detail", *MEDIA_FIELDS))
+    refuse_unknown(part, path, ("type", "image_url", "file_id", "detail", *MEDIA_FIELDS))
     name = _one_of(part, ("image_url", "file_id"), path)
     detail = part.get("detail"), f"{path}.detail"
     return _media("image", part[name], part, detail=detail, param=f"{path}.{name}", path=path)
 
 
 def _parse_input_file(part: Mapping[str, Any], path: str) -> MediaPart:
-    _refuse_unknown(part, path, ("type", *FILE_SOURCES, "file_url", *MEDIA_FIELDS))
+    refuse_unknown(part, path, ("type", *FILE_SOURCES, "file_url", *MEDIA_FIELDS))
     return _file(part, part, path, path, sources=(*FILE_SOURCES, "file_url"))
 
 
@@ -347,7 +438,7 @@ def _file(
     name = _one_of(file, sources, file_path)
     filename = file.get("filename")
     if filename is not None:
-        _string(filename, f"{file_path}.filename", max_chars=MAX_FILENAME_CHARS)
+        as_string(filename, f"{file_path}.filename", max_chars=MAX_FILENAME_CHARS)
         part = {"filename": filename, **part}
     return _media(None, file[name], part, param=f"{file_path}.{name}", path=path)
 
@@ -386,7 +477,7 @@ def _media(
             raise InvalidRequest(f"The source of the {kind or 'file'} is empty.", param=param)
         sources.append(each)
     hints = {
-        name: _string(part[name], f"{path}.{name}", max_chars=max_chars)
+        name: as_string(part[name], f"{path}.{name}", max_chars=max_chars)
         for name, max_chars in HINT_FIELDS.items()
         if part.get(name) is not None
     }
@@ -419,39 +510,3 @@ def _parse_on_error(value: object, path: str) -> OnError:
     raise InvalidRequest(
         f"on_error must be fail, skip or placeholder, not {quoted(value)}.", param=path
     )
-
-
-def _object(value: object, path: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise InvalidType("This must be an object.", param=path)
-    return value
-
-
-def _required(values: Mapping[str, Any], name: str, path: str) -> object:
-    if values.get(name) is None:
-        raise MissingParameter(f"{name} is missing.", param=path)
-    value: object = values[name]
-    return value
-
-
-def _refuse_unknown(values: Mapping[str, Any], path: str, known: Collection[str]) -> None:
-    for name in values:
-        if name not in known:
-            # The name is the client's, so that the path shows no more of it than a message may.
-            raise UnknownParameter(
-                f"{quoted(name)} is not known here.", param=f"{path}.{quoted(name)[1:-1]}"
-            )
-
-
-def _string(value: object, path: str, *, max_chars: int | None = None) -> str:
-    if not isinstance(value, str):
-        raise InvalidType("This must be a string.", param=path)
-    if max_chars is not None and len(value) > max_chars:
-        raise StringTooLong(
-            f"At most {max_chars} characters are accepted here, not {len(value)}.", param=path
-        )
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InvalidRequest("This text holds half of a surrogate pair.", param=path) from None
-    return value

@@ -7,14 +7,14 @@ engine; the facts about the checkpoint come as plain values, so it never reads a
 
 from __future__ import annotations
 
-import asyncio
+import json
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from functools import partial
 from typing import TypeVar, get_args
 
+from server.chat.calls import CallFormat
 from server.chat.grammar import Constraint
 from server.chat.media import Attachments, LeftOut, MediaReader, MediaReport, Medium
 from server.chat.options import NO_OPTIONS, MediaOptions, check_limits
@@ -26,8 +26,10 @@ from server.chat.parts import (
     parse_messages,
     with_parts,
 )
-from server.chat.template import ChatTemplate
+from server.chat.prompt_thread import PromptThread
+from server.chat.template import ChatTemplate, Ending
 from server.chat.tokenizer import Tokenizer
+from server.chat.tools import Function, Tools, answer_grammar, arguments_form
 from server.config import MediaConfig
 from server.core import (
     GenerationRequest,
@@ -38,16 +40,19 @@ from server.core import (
     VisionSpec,
 )
 from server.errors import (
+    CONTEXT_IS,
     InvalidPrompt,
     InvalidRequest,
+    InvalidSchema,
     InvalidType,
     PromptTooLong,
-    Unavailable,
     UnsupportedParameter,
 )
 from server.grammar.prover import Prover
 
 MAX_BYTES_PER_CONTEXT_TOKEN = 16
+
+TURN_START = "<|im_start|>"
 
 MAX_ENCODES_WAITING = 1_024
 """Prompts that may wait for the thread that encodes them."""
@@ -86,7 +91,8 @@ class ChatRequest:
     """A request whose scalar fields are in range; `messages` is as the client sent it.
 
     None means that the client said nothing. `stop` holds at most 4 non-empty strings. A `prompt`
-    stands in place of the messages, of which there are none then.
+    stands in place of the messages, of which there are none then. With `is_echoing` the answer is
+    to be shown behind the last message's text.
     """
 
     messages: Sequence[object]
@@ -108,10 +114,19 @@ class ChatRequest:
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
     constraint: Constraint | None = None
+    tools: Tools | None = None
     priority: int = 0
     media_options: MediaOptions = NO_OPTIONS
     visual_token_budget: int | None = None
+    ending: Ending = "assistant"
+    is_echoing: bool = False
+    cache_salt: str = ""
     prompt: RawPrompt | None = None
+
+    @property
+    def functions(self) -> tuple[Function, ...]:
+        """Those that the model is told of."""
+        return () if self.tools is None else self.tools.functions
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +147,8 @@ class Prepared:
     """A request for the engine with the pixels beside it, and what its answer is cut with.
 
     `reports` tell of each medium in the order of the request, with its place in `request.vision`.
+    `calls` says how calls in the answer are told from its text; None where there can be none. Each
+    choice is shown with the `echo` before it.
     """
 
     request: GenerationRequest
@@ -139,10 +156,12 @@ class Prepared:
     stop: tuple[str, ...]
     usage: PromptUsage
     reports: tuple[tuple[MediaReport, int | None], ...] = ()
+    calls: CallFormat | None = None
+    echo: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class _Prompt:
+class Prompt:
     """Ids with the placeholders in them; the media in their order, with their first places."""
 
     ids: tuple[int, ...]
@@ -173,9 +192,8 @@ class Preparer:
         self._template = template
         self._limits = limits
         self._media = media
-        self._prover = prover
-        self._prompt_pool = ThreadPoolExecutor(1, thread_name_prefix="prompt")
-        self._num_encoding = 0
+        self.prover = prover
+        self._thread = PromptThread(max_waiting=MAX_ENCODES_WAITING)
 
     @property
     def named_special_tokens(self) -> Mapping[str, str]:
@@ -184,7 +202,7 @@ class Preparer:
 
     def close(self) -> None:
         """Drop what waits for the thread; what runs ends by itself."""
-        self._prompt_pool.shutdown(wait=False, cancel_futures=True)
+        self._thread.close()
 
     async def prepare(
         self,
@@ -195,15 +213,19 @@ class Preparer:
         attachments: Attachments | None = None,
     ) -> Prepared:
         """Everything that can be found wrong with a request before it is admitted is found here."""
-        grammar = None
+        constraint, calls, echo = None, None, ""
         param = "messages" if request.prompt is None else request.prompt.param
         if request.prompt is None:
             messages = parse_messages(request.messages, self._limits)
-            self._check_text_bytes(messages)
-            grammar = await self._grammar(request, tenant)
+            self._check_text_bytes(messages, request.functions)
+            echo = _echo(messages[-1], request) if request.is_echoing else ""
+            calls = self._call_format(request)
+            constraint = self._constraint(request, calls)
+            if constraint is not None:
+                await self._prove(constraint, request, tenant)
             prompt = await self._prompt(messages, request, tenant=tenant, attachments=attachments)
         else:
-            prompt = _Prompt(tuple(await self.encode_raw(request.prompt)))
+            prompt = Prompt(tuple(await self.encode_raw(request.prompt, tenant=tenant)))
         num_prompt_tokens = len(prompt.ids)
         max_tokens = self._check_context(num_prompt_tokens, request.max_tokens, param=param)
         media = prompt.media
@@ -212,12 +234,16 @@ class Preparer:
                 request_id=request_id,
                 tenant=tenant,
                 prompt_ids=prompt.ids,
-                sampling=self._sampling(request, max_tokens=max_tokens),
+                sampling=self._sampling(
+                    request, max_tokens=max_tokens, has_calls=calls is not None
+                ),
                 vision=tuple(medium.vision for medium in media),
                 vision_starts=prompt.starts,
                 num_choices=request.num_choices,
-                grammar=grammar,
+                grammar=None if constraint is None else constraint.grammar,
+                grammar_special_ids=() if calls is None else calls.special_ids,
                 priority=request.priority,
+                cache_salt=request.cache_salt,
             ),
             tiles=tuple(medium.tiles for medium in media),
             stop=request.stop,
@@ -227,9 +253,13 @@ class Preparer:
                 video_tokens=_num_tokens(media, "video"),
             ),
             reports=prompt.reports,
+            calls=calls,
+            echo=echo,
         )
 
-    async def encode_raw(self, prompt: RawPrompt, *, add_special_tokens: bool = True) -> list[int]:
+    async def encode_raw(
+        self, prompt: RawPrompt, *, tenant: str, add_special_tokens: bool = True
+    ) -> list[int]:
         """The ids of a prompt without a template, however many: text as ordinary text.
 
         What the tokenizer's own rules put around a text is there with `add_special_tokens`; ids
@@ -237,42 +267,36 @@ class Preparer:
         """
         content = prompt.content
         if not isinstance(content, str):
-            ids = await self.check_ids(content, prompt.param)
+            ids = await self.check_ids(content, prompt.param, tenant=tenant)
             _refuse_placeholders(ids, prompt.param, self.facts.vision)
             return ids
         self._check_bytes(len(content.encode("utf-8")), prompt.param)
         tokenizer = self.tokenizer
         encode = tokenizer.encode_prompt if add_special_tokens else tokenizer.encode_text
-        return await self._in_thread(partial(encode, content))
+        return await self._thread.run(partial(encode, content), tenant=tenant)
 
-    async def encode_messages(self, messages: Sequence[object]) -> list[int]:
-        """The ids of a conversation without media, however many."""
-        parsed = parse_messages(messages, self._limits)
-        self._check_text_bytes(parsed)
-        media = _media_of(parsed)
-        if media:
-            raise UnsupportedParameter(
-                f"Only text can be tokenised here, no {media[0].kind}s.", param=media[0].path
-            )
-        return await self._in_thread(partial(self._template.encode, parsed))
+    async def encode_messages(self, request: ChatRequest, *, tenant: str) -> Prompt:
+        """The prompt of a conversation with its media, however many ids that are."""
+        messages = parse_messages(request.messages, self._limits)
+        self._check_text_bytes(messages, request.functions)
+        return await self._prompt(messages, request, tenant=tenant, must_fit=False)
 
-    async def decode(self, ids: Sequence[object], param: str) -> str:
+    async def decode(self, ids: Sequence[object], param: str, *, tenant: str) -> str:
         """Their text, to which special tokens add nothing."""
-        checked = await self.check_ids(ids, param)
-        return await asyncio.to_thread(self.tokenizer.decode, checked)
+        checked = await self.check_ids(ids, param, tenant=tenant)
+        return await self._thread.run(partial(self.tokenizer.decode, checked), tenant=tenant)
 
-    async def check_ids(self, ids: Sequence[object], param: str) -> list[int]:
+    async def check_ids(self, ids: Sequence[object], param: str, *, tenant: str) -> list[int]:
         """The same, each the id of a token; else InvalidRequest or InvalidType.
 
         PromptTooLong, before any is looked at, where they are more than the context.
         """
         if len(ids) > self.facts.context_length:
             raise PromptTooLong(
-                f"The model's context is {self.facts.context_length} tokens; {param} has "
-                f"{len(ids)}.",
+                f"{CONTEXT_IS} {self.facts.context_length} tokens; {param} has {len(ids)}.",
                 param=param,
             )
-        return await self._in_thread(partial(self._checked_ids, ids, param))
+        return await self._thread.run(partial(self._checked_ids, ids, param), tenant=tenant)
 
     def _checked_ids(self, ids: Sequence[object], param: str) -> list[int]:
         checked: list[int] = []
@@ -291,20 +315,38 @@ class Preparer:
             checked.append(value)
         return checked
 
-    async def _in_thread(self, encode: Callable[[], list[int]]) -> list[int]:
-        if self._num_encoding > MAX_ENCODES_WAITING:
-            raise Unavailable(shortage="encodes")
-        self._num_encoding += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._prompt_pool, encode)
-        finally:
-            self._num_encoding -= 1
-
-    async def _grammar(self, request: ChatRequest, tenant: str) -> str | None:
-        """That of the request, proved."""
-        constraint = request.constraint
-        if constraint is None:
+    def _call_format(self, request: ChatRequest) -> CallFormat | None:
+        """How the answer's calls will look; None where it may make none."""
+        tools = request.tools
+        if tools is None or tools.mode == "none":
             return None
+        if request.ending == "none" or (request.ending == "open" and tools.mode == "required"):
+            raise InvalidRequest(
+                "Functions can be called only where the assistant's turn begins, and with the mode "
+                "auto where it goes on.",
+                param="tool_choice",
+            )
+        start, end = self.tokenizer.special.get(TURN_START), self.facts.im_end_id
+        if start is None or end is None:
+            raise UnsupportedParameter(
+                "This model's tokenizer lacks the tokens that calls are made of.", param="tools"
+            )
+        return CallFormat(start, end, is_begun=tools.mode == "required")
+
+    @staticmethod
+    def _constraint(request: ChatRequest, calls: CallFormat | None) -> Constraint | None:
+        """The form of the whole answer, which nothing has proved yet."""
+        if request.tools is None or calls is None:
+            return request.constraint
+        return answer_grammar(
+            request.tools,
+            request.constraint,
+            turn_start_id=calls.turn_start_id,
+            turn_end_id=calls.turn_end_id,
+        )
+
+    async def _prove(self, constraint: Constraint, request: ChatRequest, tenant: str) -> None:
+        """That an answer can be made by it; refuses what else is asked for and cannot be kept."""
         for name, said in (
             ("stop_token_ids", request.stop_token_ids),
             ("ignore_eos", request.ignore_eos),
@@ -315,8 +357,16 @@ class Preparer:
                     "answer may end.",
                     param=name,
                 )
-        await self._prover.prove(constraint.grammar, param=constraint.param, tenant=tenant)
-        return constraint.grammar
+        try:
+            await self._prove_one(constraint, tenant)
+        except InvalidSchema:
+            # It may be one of the functions that is at fault: then that one is told.
+            for function in request.functions:
+                await self._prove_one(arguments_form(function), tenant)
+            raise
+
+    async def _prove_one(self, constraint: Constraint, tenant: str) -> None:
+        await self.prover.prove(constraint.grammar, param=constraint.param, tenant=tenant)
 
     async def _prompt(
         self,
@@ -324,26 +374,30 @@ class Preparer:
         request: ChatRequest,
         *,
         tenant: str,
-        attachments: Attachments | None,
-    ) -> _Prompt:
+        attachments: Attachments | None = None,
+        must_fit: bool = True,
+    ) -> Prompt:
+        encode = partial(self._encode, request=request, tenant=tenant, must_fit=must_fit)
         parts = _media_of(messages)
         self._check_options(request, parts)
         if not parts or self._media is None:
-            return _Prompt(tuple(await self._encode(messages, request)))
-        reading = self._media.begin(tenant=tenant, attachments=attachments)
+            return Prompt(tuple(await encode(messages)))
+        reading = self._media.begin(
+            tenant=tenant, cache_salt=request.cache_salt, attachments=attachments
+        )
         messages = with_parts(messages, await reading.kinds(parts))
         parts = _media_of(messages)
         check_media_counts(parts, self._limits)
 
         # The prompt first: it is cheap, and a prompt that cannot be served saves the decoding.
-        ids = await self._encode(messages, request)
+        ids = await encode(messages)
         outcomes = await reading.read(
             parts, request.media_options, token_budget=request.visual_token_budget
         )
         left_out = [each for each in outcomes if isinstance(each, LeftOut)]
         if left_out:
             notes = {each.part.path: _in_place_of(each.part) for each in left_out}
-            ids = await self._encode(with_parts(messages, notes), request)
+            ids = await encode(with_parts(messages, notes))
         media = [each for each in outcomes if isinstance(each, Medium)]
         placeholder_ids = {
             kind: self._template.placeholder_id(kind) for kind in get_args(MediaKind)
@@ -351,7 +405,7 @@ class Preparer:
         prompt_ids, ordered, starts = _with_placeholders(ids, media, placeholder_ids)
         places = {medium.part.path: place for place, medium in enumerate(ordered)}
         reports = tuple((each.report, places.get(each.part.path)) for each in outcomes)
-        return _Prompt(prompt_ids, tuple(ordered), starts, reports)
+        return Prompt(prompt_ids, tuple(ordered), starts, reports)
 
     def _check_options(self, request: ChatRequest, parts: Sequence[MediaPart]) -> None:
         """Also where there are no media: what is said must make sense."""
@@ -368,26 +422,37 @@ class Preparer:
                 "This model takes no pictures or videos, only text.", param="media_options"
             )
 
-    async def _encode(self, messages: Sequence[Message], request: ChatRequest) -> list[int]:
+    async def _encode(
+        self, messages: Sequence[Message], *, request: ChatRequest, tenant: str, must_fit: bool
+    ) -> list[int]:
         """The prompt's ids with one placeholder for each medium."""
-        ids = await self._in_thread(partial(self._template.encode, messages))
-        self._check_context(len(ids), request.max_tokens, param="messages")
+        ending: Ending = request.ending
+        if request.tools is not None and request.tools.mode == "required":
+            ending = "call"
+        encode = partial(self._template.encode, messages, request.functions, ending=ending)
+        ids = await self._thread.run(encode, tenant=tenant)
+        if must_fit:
+            self._check_context(len(ids), request.max_tokens, param="messages")
         return ids
 
-    def _check_text_bytes(self, messages: Sequence[Message]) -> None:
+    def _check_text_bytes(
+        self, messages: Sequence[Message], functions: Sequence[Function] = ()
+    ) -> None:
         """Refuse text that cannot fit whatever it says, without encoding it."""
-        num_bytes = 0
+        num_bytes = sum(_num_bytes((each.description, _json(each.schema))) for each in functions)
+        self._check_bytes(num_bytes, "tools")
         for index, message in enumerate(messages):
             hints = (text for part in message.media for text in astuple(part.hints))
-            num_bytes += sum(len(text.encode("utf-8")) for text in (*message.texts, *hints))
+            arguments = (_json(call.arguments) for call in message.calls)
+            num_bytes += _num_bytes((*message.texts, *hints, *arguments))
             self._check_bytes(num_bytes, f"messages[{index}].content")
 
     def _check_bytes(self, num_bytes: int, param: str) -> None:
         limit = MAX_BYTES_PER_CONTEXT_TOKEN * self.facts.context_length
         if num_bytes > limit:
             raise PromptTooLong(
-                f"The model's context is {self.facts.context_length} tokens; the text has more "
-                f"than {limit} bytes and cannot fit.",
+                f"{CONTEXT_IS} {self.facts.context_length} tokens; the text has more than {limit} "
+                "bytes and cannot fit.",
                 param=param,
             )
 
@@ -398,21 +463,23 @@ class Preparer:
         context = self.facts.context_length
         if num_prompt_tokens >= context:
             raise PromptTooLong(
-                f"The model's context is {context} tokens; the prompt alone takes "
-                f"{num_prompt_tokens} and leaves no room for an answer.",
+                f"{CONTEXT_IS} {context} tokens; the prompt alone takes {num_prompt_tokens} and "
+                "leaves no room for an answer.",
                 param=param,
             )
         if max_tokens is None:
             return context - num_prompt_tokens
         if num_prompt_tokens + max_tokens > context:
             raise PromptTooLong(
-                f"The model's context is {context} tokens; {num_prompt_tokens} in the prompt "
-                f"and {max_tokens} for the answer are {num_prompt_tokens + max_tokens}.",
+                f"{CONTEXT_IS} {context} tokens; {num_prompt_tokens} in the prompt and "
+                f"{max_tokens} for the answer are {num_prompt_tokens + max_tokens}.",
                 param=param,
             )
         return max_tokens
 
-    def _sampling(self, request: ChatRequest, *, max_tokens: int) -> SamplingParams:
+    def _sampling(
+        self, request: ChatRequest, *, max_tokens: int, has_calls: bool
+    ) -> SamplingParams:
         defaults, neutral = self.facts.defaults, SamplingParams(max_tokens)
         if request.min_tokens > max_tokens:
             raise InvalidRequest(
@@ -423,8 +490,8 @@ class Preparer:
         ends = list(request.stop_token_ids)
         if not request.ignore_eos:
             ends += self.facts.stop_token_ids
-            if self.facts.im_end_id is not None:
-                ends.append(self.facts.im_end_id)  # without tools nothing can follow it
+            if self.facts.im_end_id is not None and not has_calls:
+                ends.append(self.facts.im_end_id)  # nothing but a call can follow it
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=_first(request.temperature, defaults.temperature, neutral.temperature),
@@ -445,6 +512,14 @@ class Preparer:
         )
 
 
+def _num_bytes(texts: Iterable[str]) -> int:
+    return sum(len(text.encode("utf-8")) for text in texts)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _refuse_placeholders(ids: Sequence[int], param: str, spec: VisionSpec | None) -> None:
     placeholders = () if spec is None else (spec.image_token_id, spec.video_token_id)
     for index, token_id in enumerate(ids):
@@ -457,6 +532,15 @@ def _refuse_placeholders(ids: Sequence[int], param: str, spec: VisionSpec | None
 
 def _media_of(messages: Sequence[Message]) -> list[MediaPart]:
     return [part for message in messages for part in message.media]
+
+
+def _echo(last: Message, request: ChatRequest) -> str:
+    if last.role != "assistant" and request.ending != "open":
+        raise InvalidRequest(
+            "echo repeats the last message, which must be one of the assistant's or be continued.",
+            param="echo",
+        )
+    return "\n".join(last.texts)
 
 
 def _in_place_of(part: MediaPart) -> TextPart | None:

@@ -20,16 +20,25 @@ from typing import Any, Final, Literal, TypeAlias
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from server.chat.calls import ARROW
 from server.chat.disguise import Disguise
-from server.chat.parts import Hints, MediaPart, Message, Part, Role, TextPart
+from server.chat.parts import Call, Hints, MediaPart, Message, Part, Role, TextPart
 from server.chat.tokenizer import Tokenizer
+from server.chat.tools import Function
 from server.core import MediaKind, VisionSpec
 from server.errors import CheckpointError, InvalidPrompt, UnsupportedParameter
 
 Form = Literal["list", "dict", "string"]
 """What a template takes as a message's content: a list of parts, one part, or only text."""
 
+Capability: TypeAlias = MediaKind | Literal["tools"]
+"""What a conversation may hold beside text."""
+
 RevisionLayout = Literal["main", "v0.1.0", "text"]
+
+Ending = Literal["assistant", "call", "none", "open"]
+"""How a prompt ends: where the assistant is to speak or to call a function, after the last message,
+or within it."""
 
 FORMS: Mapping[RevisionLayout, tuple[Form, ...]] = {
     "main": ("list", "dict", "string"),
@@ -43,12 +52,26 @@ DOCUMENTED_LAYOUT: Final = """
 {%- macro block(role, text) -%}
 {{ '<|im_start|>' + role + '\n' + text + '<|im_end|>' }}
 {%- endmacro -%}
-{{- block('tool_list', '') + '\n' -}}
+{%- macro functions_of(tools) -%}
+[
+{%- for tool in tools -%}
+{{ ('' if loop.first else ', ') + tool.function | tojson }}
+{%- endfor -%}
+]
+{%- endmacro -%}
+{{- block('tool_list', functions_of(tools) if tools else '') + '\n' -}}
 {%- if messages[0].role != 'system' -%}
 {{- block('system', '') + '\n' -}}
 {%- endif -%}
 {%- for message in messages -%}
-{%- if message.role != 'user' -%}
+{%- if message.role == 'tool' -%}
+{{- block('tool/function_call', message.content) + '\n' -}}
+{%- elif message.tool_calls -%}
+{%- if message.content -%}
+{{- block('assistant', message.content) + '\n' -}}
+{%- endif -%}
+{{- block('assistant -> tool/function_call', functions_of(message.tool_calls)) + pause + '\n' -}}
+{%- elif message.role != 'user' -%}
 {{- block(message.role, message.content) -}}
 {{- (end_of_turn if message.role == 'assistant' else '') + '\n' -}}
 {%- elif message.content is string -%}
@@ -100,7 +123,25 @@ USUAL_HINTS: Mapping[MediaKind, tuple[str, ...]] = {
     "video": ("filename", "lens_keywords", "lens_local_keywords", "speech_to_text"),
 }
 
+_WORDS: Final[Mapping[frozenset[Capability], str]] = {
+    frozenset(): "text",
+    frozenset({"image"}): "pictures",
+    frozenset({"image", "video"}): "videos",
+    frozenset({"tools"}): "tools",
+}
+
+_FUNCTION_WORDS: Final = frozenset(
+    {
+        *("name", "description", "parameters"),
+        *("type", "properties", "required", "items", "enum", "default", "anyOf"),
+        *("object", "array", "string", "integer", "number", "boolean", "null"),
+    }
+)
+"""What a template may look for in a function: such texts are shown as they stand."""
+
 _PROBE: Final = "probe7f3a"
+# Behind the mark of an open end; a template that leaves it there has trimmed nothing before it.
+_BEHIND_MARK: Final = "   "
 # How content looks that a template printed as it stands instead of reading it.
 _PRINTED_PART: Final = re.compile(r"""['"]type['"]: ?['"](?:text|image|video)['"]""")
 
@@ -121,16 +162,23 @@ class _Way:
     # For each medium it can place: what it is handed over as, and the hints it makes use of.
     rendered_as: Mapping[MediaKind, MediaKind] = field(default_factory=dict)
     hints: Mapping[MediaKind, frozenset[str]] = field(default_factory=dict)
+    # Whether it shows functions, calls of them and their results.
+    has_tools: bool = False
+    # Whether `add_generation_prompt` makes a difference to it.
+    can_end_with_message: bool = False
 
-    def can_render(self, kinds: frozenset[MediaKind]) -> bool:
-        return "user" in self.part_roles | self.string_roles and kinds <= self.rendered_as.keys()
+    def can_render(self, what: frozenset[Capability]) -> bool:
+        able: set[Capability] = {*self.rendered_as}
+        if self.has_tools:
+            able.add("tools")
+        return "user" in self.part_roles | self.string_roles and what <= able
 
 
 class ChatTemplate:
     """The prompts of one checkpoint, and its special tokens by what they are for.
 
-    `encode` gives the ids of a conversation, ending where the assistant is to speak. `notes` says,
-    for the operator, where the documented layout stands in for the checkpoint's own template.
+    `encode` gives the ids of a conversation. `notes` says, for the operator, where the documented
+    layout stands in for the checkpoint's own template.
     """
 
     def __init__(
@@ -156,11 +204,12 @@ class ChatTemplate:
         own = len(candidates)
         if {"<|im_start|>", "<|im_end|>"} <= tokenizer.special.keys():
             candidates += self._ways(DOCUMENTED_LAYOUT, ("list",), self._layout_variables())
-        levels: list[frozenset[MediaKind]] = [frozenset()]
+        levels: list[frozenset[Capability]] = [frozenset()]
         if vision is not None:
             levels += [frozenset({"image"}), frozenset({"image", "video"})]
-        self._chosen: dict[frozenset[MediaKind], _Way] = {}
-        for level in levels:
+        self._chosen: dict[frozenset[Capability], _Way] = {}
+        tools: frozenset[Capability] = frozenset({"tools"})
+        for level in (*levels, *(level | tools for level in levels)):
             able = [way for way in candidates if way.can_render(level)]
             if able:
                 self._chosen[level] = able[0]
@@ -169,6 +218,7 @@ class ChatTemplate:
                 "the checkpoint's chat template cannot render a conversation, and its tokenizer "
                 "lacks <|im_start|> and <|im_end|> for the documented layout"
             )
+        levels.append(tools)
         self.notes = self._describe(template, levels, candidates[:own])
         for note in self.notes:
             logging.getLogger(__name__).warning(note)
@@ -196,29 +246,46 @@ class ChatTemplate:
         """The id that stands for a medium of this kind. A video's may be that of a picture."""
         return self._tokenizer.special[self._placeholders[kind]]
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
-        """The ids of the whole prompt; each medium is one placeholder, in the order of parts."""
-        way = self._way_for(messages)
+    def encode(
+        self,
+        messages: Sequence[Message],
+        functions: Sequence[Function] = (),
+        *,
+        ending: Ending = "assistant",
+    ) -> list[int]:
+        """The ids of the whole prompt; each medium is one placeholder, in the order of parts.
+
+        With an open end it stops behind the last message's text, which has to be there.
+        """
+        way = self._way_for(messages, functions)
         _refuse_unused_hints(way, messages)
+        _check_ending(way, messages, ending)
         nonce = self._disguise.new_nonce()
         try:
             rendered = self._render(
-                way, messages, hide=lambda text: self._disguise.hide(text, nonce=nonce)
+                way,
+                messages,
+                functions,
+                hide=lambda text: self._disguise.hide(text, nonce=nonce),
+                ending=ending,
             )
+        except InvalidPrompt:
+            raise
         except Exception as error:
             # A template is the checkpoint's code and raises what it likes, about client text too.
             raise InvalidPrompt(
                 "The model's chat template cannot render this conversation.", param="messages"
             ) from error
+        if ending == "call":
+            rendered = _with_call_head(rendered)
         ids = self._disguise.encode(rendered, nonce=nonce)
         self._check_placeholders(ids, messages)
         return ids
 
-    def _way_for(self, messages: Sequence[Message]) -> _Way:
+    def _way_for(self, messages: Sequence[Message], functions: Sequence[Function]) -> _Way:
         kinds: set[MediaKind] = {part.kind for message in messages for part in message.media}
-        level: frozenset[MediaKind] = frozenset({"image", *kinds}) if kinds else frozenset()
-        way = self._chosen.get(level)
-        if way is None:
+        level: frozenset[Capability] = frozenset({"image", *kinds}) if kinds else frozenset()
+        if level not in self._chosen:
             first = next(part for message in messages for part in message.media)
             raise UnsupportedParameter(
                 f"This model's chat template has no place for {first.kind}s."
@@ -226,7 +293,14 @@ class ChatTemplate:
                 else f"This model takes no {first.kind}s, only text.",
                 param=first.path,
             )
-        return way
+        if functions or any(message.calls for message in messages):
+            level |= {"tools"}
+        if level not in self._chosen:
+            raise UnsupportedParameter(
+                "This model's chat template has no place for tools here.",
+                param="tools" if functions else "messages",
+            )
+        return self._chosen[level]
 
     def _check_placeholders(self, ids: Sequence[int], messages: Sequence[Message]) -> None:
         media = [part for message in messages for part in message.media]
@@ -241,22 +315,20 @@ class ChatTemplate:
 
     def _layout_variables(self) -> dict[str, str]:
         names = {f"{kind}_token": token for kind, token in self._placeholders.items()}
-        has_end = "<|endofturn|>" in self._tokenizer.special
-        return names | {"end_of_turn": "<|endofturn|>" if has_end else ""}
+        for name, token in (("end_of_turn", "<|endofturn|>"), ("pause", "<|stop|>")):
+            names[name] = token if token in self._tokenizer.special else ""
+        return names
 
     def _describe(
         self,
         template: str | None,
-        levels: Sequence[frozenset[MediaKind]],
+        levels: Sequence[frozenset[Capability]],
         own: Sequence[_Way],
     ) -> tuple[str, ...]:
         if template is None:
             return ("the checkpoint ships no chat template: the documented layout is used",)
-        what = ("text", "pictures", "videos")
         missing = [
-            what[index]
-            for index, level in enumerate(levels)
-            if not any(way.can_render(level) for way in own)
+            _WORDS[level] for level in levels if not any(way.can_render(level) for way in own)
         ]
         if not missing:
             return ()
@@ -270,11 +342,22 @@ class ChatTemplate:
     def _ways(
         self, template: str, forms: Sequence[Form], variables: Mapping[str, str]
     ) -> list[_Way]:
-        return [self._try(_Way(template, form, variables)) for form in forms]
+        tried = [self._try(_Way(template, form, variables)) for form in forms]
+        return [replace(way, can_end_with_message=self._has_head_apart(way)) for way in tried]
+
+    def _has_head_apart(self, way: _Way) -> bool:
+        """Whether the template leaves out the head of the assistant's turn when it is told to."""
+        user = Message("user", (TextPart("x"),) if "user" in way.part_roles else "x")
+        endings: tuple[Ending, ...] = ("assistant", "none")
+        with_head, without_head = (
+            self._rendered_or_none(way, [user], hide=lambda text: text, ending=ending)
+            for ending in endings
+        )
+        return without_head is not None and without_head != with_head
 
     def _try(self, blank: _Way) -> _Way:
         """The way with everything filled in that its template turns out to be able to do."""
-        roles: tuple[Role, ...] = ("system", "user", "assistant")
+        roles: tuple[Role, ...] = ("system", "user", "assistant", "tool")
         everyone = frozenset(roles)
         as_strings = replace(blank, part_roles=frozenset(), string_roles=everyone)
         as_parts = replace(blank, part_roles=everyone, string_roles=frozenset())
@@ -285,7 +368,8 @@ class ChatTemplate:
             part_roles.add("user")
         if blank.form != "string" and "user" not in part_roles:
             return blank
-        for role in ("system", "assistant"):
+        others: tuple[Role, ...] = ("system", "assistant", "tool")
+        for role in others:
             # The user's turn beside it is written as is known to work.
             known = replace(
                 blank, part_roles=frozenset(part_roles), string_roles=frozenset(string_roles)
@@ -297,6 +381,7 @@ class ChatTemplate:
             if blank.form != "string" and self._shows(with_parts, role):
                 part_roles.add(role)
         way = replace(blank, part_roles=frozenset(part_roles), string_roles=frozenset(string_roles))
+        way = replace(way, has_tools=self._shows_tools(way))
         if blank.form == "string":
             return way
         kinds: tuple[MediaKind, ...] = ("image", "video")
@@ -324,10 +409,12 @@ class ChatTemplate:
         shown = self._disguise.hide(text, nonce=nonce)
         content: str | tuple[Part, ...] = (TextPart(text),) if role in way.part_roles else text
         user = Message("user", (TextPart("x"),) if "user" in way.part_roles else "x")
+        call = Call("call_0", "f", {})
         conversations: Mapping[Role, list[Message]] = {
             "system": [Message("system", content), user],
             "user": [Message("user", content)],
             "assistant": [user, Message("assistant", content), user],
+            "tool": [user, Message("assistant", "", (call,)), Message("tool", content, call=call)],
         }
         rendered = self._rendered_or_none(
             way, conversations[role], hide=lambda text: self._disguise.hide(text, nonce=nonce)
@@ -337,6 +424,30 @@ class ChatTemplate:
             and rendered.count(shown) == 1
             and rendered.count(_PROBE[1:]) == 2  # a first character may be disguised
             and not _PRINTED_PART.search(rendered)
+        )
+
+    def _shows_tools(self, way: _Way) -> bool:
+        """Whether functions, calls of them and their results all appear."""
+        if "tool" not in way.part_roles | way.string_roles:
+            return False
+        nonce = self._disguise.new_nonce()
+        told = [f"{_PROBE}{index} <|a|>" for index in range(6)]
+        name, description, parameter, argument, value, result = told
+        schema = {"type": "object", "properties": {parameter: {"type": "string"}}}
+        function = Function(name, description, schema, "")
+        call = Call("call_0", name, {argument: value})
+        conversation = [
+            Message("user", "x"),
+            Message("assistant", "", (call,)),
+            Message("tool", result, call=call),
+        ]
+
+        def hide(text: str) -> str:
+            return self._disguise.hide(text, nonce=nonce)
+
+        rendered = self._rendered_or_none(way, conversation, [function], hide=hide)
+        return rendered is not None and all(
+            rendered.count(hide(text)) == (2 if text is name else 1) for text in told
         )
 
     def _hints_shown(self, way: _Way, kind: MediaKind) -> frozenset[str] | None:
@@ -361,29 +472,46 @@ class ChatTemplate:
         return shown
 
     def _rendered_or_none(
-        self, way: _Way, messages: Sequence[Message], *, hide: Callable[[str], str]
+        self,
+        way: _Way,
+        messages: Sequence[Message],
+        functions: Sequence[Function] = (),
+        *,
+        hide: Callable[[str], str],
+        ending: Ending = "assistant",
     ) -> str | None:
         try:
-            return self._render(way, messages, hide=hide)
+            return self._render(way, messages, functions, hide=hide, ending=ending)
         except Exception:  # whatever a template raises, it cannot do this
             return None
 
-    def _render(self, way: _Way, messages: Sequence[Message], *, hide: Callable[[str], str]) -> str:
+    def _render(
+        self,
+        way: _Way,
+        messages: Sequence[Message],
+        functions: Sequence[Function],
+        *,
+        hide: Callable[[str], str],
+        ending: Ending,
+    ) -> str:
         fed: list[_RenderedMessage] = [
-            {"role": message.role, "content": content}
+            {"role": message.role, "content": content, **_fed_calls(message, hide=hide)}
             for message in messages
             for content in _contents(way, message, hide=hide)
         ]
+        mark = self._disguise.new_nonce()
+        last_text = _mark_end(fed[-1], mark) if ending == "open" else ""
         rendered = self._renderer.apply_chat_template(
             fed,
+            tools=[_fed_function(function, hide=hide) for function in functions] or None,
             chat_template=way.template,
             tokenize=False,
-            add_generation_prompt=True,
+            add_generation_prompt=ending in ("assistant", "call"),
             **dict[str, Any](way.variables),
         )
         if not isinstance(rendered, str):
             raise TypeError("the chat template gave no text")
-        return rendered
+        return _cut(rendered, mark, last_text) if ending == "open" else rendered
 
 
 def read_template(folder: Path) -> tuple[str | None, dict[str, str]]:
@@ -446,6 +574,50 @@ def _refuse_unused_hints(way: _Way, messages: Sequence[Message]) -> None:
                 )
 
 
+def _check_ending(way: _Way, messages: Sequence[Message], ending: Ending) -> None:
+    if ending == "none" and not way.can_end_with_message:
+        raise UnsupportedParameter(
+            "This model's chat template does not heed add_generation_prompt.",
+            param="add_generation_prompt",
+        )
+    content = messages[-1].content
+    has_text_last = isinstance(content, str) or (content and isinstance(content[-1], TextPart))
+    if ending == "open" and (messages[-1].calls or not has_text_last):
+        raise InvalidPrompt(
+            "The last message does not end with a text that could be continued.",
+            param="continue_final_message",
+        )
+
+
+def _mark_end(message: _RenderedMessage, mark: str) -> str:
+    """Puts the mark behind the text with which a message ends; that text."""
+    content = message["content"]
+    if isinstance(content, str):
+        message["content"] = content + mark + _BEHIND_MARK
+        return content
+    last = content[-1] if isinstance(content, list) else content
+    text: str = last["text"]
+    last["text"] = text + mark + _BEHIND_MARK
+    return text
+
+
+def _cut(rendered: str, mark: str, last_text: str) -> str:
+    """All that comes before the mark.
+
+    White space at the end of the text that is continued goes where the template would have
+    trimmed it. InvalidPrompt where the text is not there as it is, once.
+    """
+    before, found, behind = rendered.partition(mark)
+    if not before.rstrip().endswith(last_text.strip()) or not found or mark in behind:
+        raise InvalidPrompt(
+            "The model's chat template cannot leave the last message open.",
+            param="continue_final_message",
+        )
+    if behind.startswith(_BEHIND_MARK):
+        return before
+    return before.removesuffix(last_text[len(last_text.rstrip()) :])
+
+
 def _contents(way: _Way, message: Message, *, hide: Callable[[str], str]) -> list[_Content]:
     """The message's content as the template takes it; one message may have to become several."""
     content = message.content
@@ -470,3 +642,56 @@ def _fed_part(way: _Way, part: Part, *, hide: Callable[[str], str]) -> dict[str,
         if text or name in USUAL_HINTS[shown_as]:
             fed[name] = hide(text)
     return fed
+
+
+def _fed_function(function: Function, *, hide: Callable[[str], str]) -> dict[str, Any]:
+    """A function as chat templates expect it, which is OpenAI's form."""
+    told = {
+        "name": function.name,
+        "description": function.description,
+        "parameters": function.schema,
+    }
+    return {"type": "function", "function": _hidden(told, hide=hide, kept=_FUNCTION_WORDS)}
+
+
+def _fed_calls(message: Message, *, hide: Callable[[str], str]) -> dict[str, Any]:
+    """What a message has beside its content."""
+    if message.call is not None:
+        return {"tool_call_id": hide(message.call.id), "name": hide(message.call.name)}
+    if not message.calls:
+        return {}
+    return {
+        "tool_calls": [
+            {
+                "id": hide(call.id),
+                "type": "function",
+                "function": {
+                    "name": hide(call.name),
+                    "arguments": _hidden(call.arguments, hide=hide, kept=frozenset()),
+                },
+            }
+            for call in message.calls
+        ]
+    }
+
+
+def _hidden(value: object, *, hide: Callable[[str], str], kept: frozenset[str]) -> Any:
+    """JSON with all its texts hidden, but for these."""
+    if isinstance(value, str):
+        return value if value in kept else hide(value)
+    if isinstance(value, Mapping):
+        return {
+            _hidden(key, hide=hide, kept=kept): _hidden(each, hide=hide, kept=kept)
+            for key, each in value.items()
+        }
+    if isinstance(value, list):
+        return [_hidden(each, hide=hide, kept=kept) for each in value]
+    return value
+
+
+def _with_call_head(rendered: str) -> str:
+    """The prompt, with the head of a turn of calls in the place of that of a turn of text."""
+    bare = rendered.removesuffix("\n")
+    if bare.endswith("<|im_start|>assistant"):
+        return bare + ARROW
+    return f"{rendered}<|im_end|>\n<|im_start|>assistant{ARROW}"

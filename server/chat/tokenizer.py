@@ -13,10 +13,11 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import tokenizers
 
+from server.chat.calls import ARROW, CallFormat, CallPiece, CallReader
 from server.core import FinishReason, TokenEvent, TokenLogprobs
 from server.errors import ANSWER_ERRORS, CheckpointError, ServerError
 
@@ -34,6 +35,10 @@ class TokenChance:
     top: tuple[TokenChance, ...] = ()
 
 
+EndReason: TypeAlias = FinishReason | Literal["tool_calls"]
+"""How an answer ended: an engine knows of ids only, and not that they were calls."""
+
+
 @dataclass(frozen=True, slots=True)
 class Delta:
     """The next piece of one choice. The last one of a choice, and only it, has a finish reason.
@@ -43,11 +48,11 @@ class Delta:
     not computed again. One delta has the `encode_times_s` of the prompt's media, and, where they
     were asked for, the `prompt_chances` of its ids, None where nothing is told of one. `chances`
     are of the tokens whose text is complete with this piece, and `starts` where each begins in the
-    choice's text, in characters.
+    choice's text, in characters. `calls` are pieces of function calls, which come after the text.
     """
 
     text: str
-    finish_reason: FinishReason | None
+    finish_reason: EndReason | None
     num_tokens: int
     num_cached_tokens: int = 0
     encode_times_s: tuple[float, ...] = ()
@@ -55,6 +60,7 @@ class Delta:
     chances: tuple[TokenChance, ...] = ()
     starts: tuple[int, ...] = ()
     prompt_chances: tuple[TokenChance | None, ...] | None = None
+    calls: tuple[CallPiece, ...] = ()
 
 
 class TokenStream(Protocol):
@@ -293,7 +299,13 @@ class _Choice:
     """
 
     def __init__(
-        self, number: int, tokenizer: Tokenizer, stop: Sequence[str], *, tells_end: bool
+        self,
+        number: int,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        *,
+        calls: CallFormat | None,
+        tells_end: bool,
     ) -> None:
         self._number = number
         self._tells_end = tells_end
@@ -306,6 +318,12 @@ class _Choice:
         self._shown = 0
         self._held_chances: deque[tuple[int, int, TokenChance]] = deque()  # start, end, chance
         self.num_generated = 0
+        self._call_format = calls
+        # Of calls: their text, and what reads it once they have begun.
+        self._call_text = Detokenizer(tokenizer)
+        self._reader = CallReader() if calls is not None and calls.is_begun else None
+        # Held back while it may become the head of a turn of calls; None where it cannot.
+        self._opening: str | None = "" if calls is not None and not calls.is_begun else None
 
     def take(self, event: TokenEvent, *, min_tokens: int) -> Delta | None:
         """The delta that an event completes, if any; after the last one nothing may be taken."""
@@ -317,20 +335,51 @@ class _Choice:
                 None if each is None else self._tokenizer.chance_of(each) for each in told
             )
         text = ""
+        pieces: tuple[CallPiece, ...] = ()
         if event.token_id is not None:
             self._num_tokens += 1
             self.num_generated += 1
             # The token that ends an answer is no part of its text, even an ordinary one.
             if event.finish_reason != "stop":
-                text = self._push(event, may_stop=self.num_generated > min_tokens)
+                text, pieces = self._read(event, may_stop=self.num_generated > min_tokens)
             elif self._tells_end and event.logprobs is not None:
                 at = self._detokenizer.num_decoded
                 self._held_chances.append((at, at, self._tokenizer.chance_of(event.logprobs)))
         if self._detokenizer.is_stopped:
-            return self._delta(text, "stop")
+            return self._delta(text, (), "stop")
         if event.finish_reason is not None:
-            return self._delta(text + self._detokenizer.finish(), event.finish_reason)
-        return self._delta(text, None) if text else None
+            has_calls = self._reader is not None and self._reader.num_calls > 0
+            is_whole = event.finish_reason == "stop"
+            reason: EndReason = "tool_calls" if has_calls and is_whole else event.finish_reason
+            return self._delta(text + self._end_text(), pieces, reason)
+        return self._delta(text, pieces, None) if text or pieces else None
+
+    def _read(self, event: TokenEvent, *, may_stop: bool) -> tuple[str, tuple[CallPiece, ...]]:
+        """The text, or the pieces of calls, that are certain with this token."""
+        assert event.token_id is not None
+        if self._reader is not None:
+            return "", self._reader.push(self._call_text.push(event.token_id))
+        if self._call_format is not None and event.token_id == self._call_format.turn_end_id:
+            self._reader = CallReader()
+            return self._end_text(), ()
+        text = self._push(event, may_stop=may_stop)
+        if self._opening is None:
+            return text, ()
+        self._opening += text
+        if self._opening.startswith(ARROW):
+            rest, self._opening = self._opening[len(ARROW) :], None
+            self._held_chances.clear()
+            self._reader = CallReader()
+            return "", self._reader.push(rest)
+        if ARROW.startswith(self._opening) and not self._detokenizer.is_stopped:
+            return "", ()
+        text, self._opening = self._opening, None
+        return text, ()
+
+    def _end_text(self) -> str:
+        """No more text will come: what was held back of it."""
+        opening, self._opening = self._opening or "", None
+        return opening + self._detokenizer.finish()
 
     def _push(self, event: TokenEvent, *, may_stop: bool) -> str:
         assert event.token_id is not None
@@ -341,7 +390,7 @@ class _Choice:
             self._held_chances.append((start, end, self._tokenizer.chance_of(event.logprobs)))
         return text
 
-    def _delta(self, text: str, reason: FinishReason | None) -> Delta:
+    def _delta(self, text: str, pieces: tuple[CallPiece, ...], reason: EndReason | None) -> Delta:
         self._shown += len(text)
         chances, starts = [], []
         while self._held_chances:
@@ -363,6 +412,7 @@ class _Choice:
             tuple(chances),
             tuple(starts),
             self._prompt_chances,
+            pieces,
         )
         self._num_tokens = self._num_cached_tokens = 0
         self._encode_times_s = ()
@@ -380,17 +430,20 @@ async def detokenize(
     stop: Sequence[str] = (),
     min_tokens: int = 0,
     num_choices: int = 1,
+    calls: CallFormat | None = None,
     tells_end: bool = False,
 ) -> AsyncGenerator[Delta, None]:
     """The choices' texts as they become certain; each whole answer is the sum of its deltas.
 
     With `tells_end` the chance of the token that ends an answer is told too.
 
-    A stop string closes its choice, which aborts it; one within the first `min_tokens` is text. An
-    error event is raised as the `ServerError` of its code.
+    With `calls` an answer may go on, after its text, with function calls.
+
+    A stop string in a text closes its choice, which aborts it; one within the first `min_tokens`
+    is text. An error event is raised as the `ServerError` of its code.
     """
     choices = {
-        number: _Choice(number, tokenizer, stop, tells_end=tells_end)
+        number: _Choice(number, tokenizer, stop, calls=calls, tells_end=tells_end)
         for number in range(num_choices)
     }
     try:

@@ -1,6 +1,6 @@
 """What the vision tower made of which pixels, kept for whoever shows the same; knows no tensors.
 
-Sequences of one tenant that show the same medium share one `Encoding`, while it is being made and
+Sequences of one owner that show the same medium share one `Encoding`, while it is being made and
 after. Those nobody holds any more are kept, the latest used longest, within a number of bytes.
 """
 
@@ -16,8 +16,11 @@ from server.core import VisionInput
 if TYPE_CHECKING:
     from torch import Tensor
 
-Key: TypeAlias = tuple[str, str]
-"""The tenant, and the digest of the medium."""
+Owner: TypeAlias = tuple[str, str]
+"""A `GenerationRequest.cache_owner`."""
+
+Key: TypeAlias = tuple[Owner, str]
+"""The owner, and the digest of the medium."""
 
 
 @dataclass(slots=True, eq=False)
@@ -79,18 +82,18 @@ class EncoderCache:
     def kept_bytes(self) -> int:
         return self._kept_bytes
 
-    def has_room(self, tenant: str, media: Iterable[VisionInput]) -> bool:
+    def has_room(self, owner: Owner, media: Iterable[VisionInput]) -> bool:
         """Whether these fit beside what is held; whoever is first may be as large as it is."""
         new = {
-            (tenant, vision.digest): vision.num_tokens * self._bytes_per_token
+            (owner, vision.digest): vision.num_tokens * self._bytes_per_token
             for vision in media
-            if (tenant, vision.digest) not in self._held
+            if (owner, vision.digest) not in self._held
         }
         return not self._held or self._held_bytes + sum(new.values()) <= self._max_bytes
 
-    def acquire(self, tenant: str, vision: VisionInput) -> Encoding:
+    def acquire(self, owner: Owner, vision: VisionInput) -> Encoding:
         """The encoding of this medium, begun or not, with one more holder."""
-        key = tenant, vision.digest
+        key = owner, vision.digest
         encoding = self._held.get(key) or self._kept.pop(key, None)
         if encoding is None:
             self.num_misses += 1
@@ -123,9 +126,9 @@ class EncoderCache:
             self._kept_bytes += encoding.num_bytes
             self._shrink()
 
-    def forget(self, tenant: str, vision: VisionInput) -> None:
+    def forget(self, owner: Owner, vision: VisionInput) -> None:
         """What was made of this medium is not kept, or no longer once its holders have let go."""
-        key = tenant, vision.digest
+        key = owner, vision.digest
         if key in self._held:
             self._held[key].is_forgotten = True
         elif key in self._kept:

@@ -85,8 +85,9 @@ class MaskBuilder:
             raise ValueError("a request without a grammar needs no mask")
         matcher = start_matcher(self._vocabulary, request.grammar)
         ends = _words(request.sampling.stop_token_ids, self._num_ids)
+        texts = self._texts | _words(request.grammar_special_ids, self._num_ids)
         return [
-            GrammarMask(matcher.deep_copy(), texts=self._texts, ends=ends)
+            GrammarMask(matcher.deep_copy(), texts=texts, ends=ends)
             for _ in range(request.num_choices)
         ]
 

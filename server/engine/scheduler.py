@@ -240,7 +240,7 @@ class Scheduler:
         for choice in self._sequences[sequence.request_id].values():
             self.pool.forget(choice.block_table)
         for medium in sequence.media:
-            self.encoder_cache.forget(sequence.request.tenant, medium.vision)
+            self.encoder_cache.forget(sequence.request.cache_owner, medium.vision)
         failed = self._end(sequence, "error", error_code=error_code)
         return [failed, *self.abort(sequence.request_id)]
 
@@ -343,7 +343,7 @@ class Scheduler:
         shared = [] if sequence.must_compute_prompt else self.pool.find(sequence.block_keys)
         num_shared = len(shared) * self.pool.block_size
         media = [medium for medium in sequence.media if medium.stop > num_shared]
-        tenant = sequence.request.tenant
+        owner = sequence.request.cache_owner
         self.pool.share(shared)
         missing = self.pool.blocks_for(len(sequence)) - len(shared)
         # Everybody who runs will soon want another block.
@@ -352,7 +352,7 @@ class Scheduler:
             and self._running_tile_bytes + self._new_tile_bytes(sequence) <= MAX_TILE_BYTES
         ) or not self._running
         if not is_enough or not self.encoder_cache.has_room(
-            tenant, [medium.vision for medium in media]
+            owner, [medium.vision for medium in media]
         ):
             self.pool.free(shared)
             return False
@@ -363,7 +363,7 @@ class Scheduler:
             self.counts.num_prefix_tokens_looked_up += len(sequence)
             self.counts.num_prefix_tokens_hit += num_shared
         for medium in media:
-            medium.encoding = self.encoder_cache.acquire(tenant, medium.vision)
+            medium.encoding = self.encoder_cache.acquire(owner, medium.vision)
             medium.encode_s -= medium.encoding.encode_s  # what was spent before is not its own
         return True
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from server.core import GenerationRequest, Tiles, VisionSpec
 from server.engine.facts import EngineFacts
-from server.errors import InvalidPrompt, InvalidRequest, PromptTooLong
+from server.errors import CONTEXT_IS, InvalidPrompt, InvalidRequest, PromptTooLong
 
 
 def check_request(
@@ -35,9 +35,8 @@ def check_request(
         raise InvalidRequest("A request has at least one choice.", param="n")
     if num_tokens > facts.max_request_tokens:
         raise PromptTooLong(
-            f"The prompt of {len(request.prompt_ids)} tokens and max_tokens "
-            f"{request.sampling.max_tokens} together exceed the {facts.max_request_tokens} tokens "
-            "that a request can have.",
+            f"{CONTEXT_IS} {facts.max_request_tokens} tokens here; {len(request.prompt_ids)} in "
+            f"the prompt and {request.sampling.max_tokens} for the answer are more.",
             param="messages",
         )
     num_ids = min(facts.logits_width, facts.embedding_rows)

@@ -145,19 +145,21 @@ class Fetcher:
         self._tasks: set[asyncio.Task[Fetched | ServerError]] = set()
         self._is_closed = False
 
-    async def fetch(self, url: str, *, kind: SourceKind, tenant: str) -> Fetched:
+    async def fetch(
+        self, url: str, *, kind: SourceKind, tenant: str, cache_salt: str = ""
+    ) -> Fetched:
         """InvalidMediaUrl, DownloadFailed or MediaFileTooLarge; Unavailable where too many wait.
 
-        Who asks for what is already being fetched for the same tenant waits for that fetch. It is
-        given up, and its connection closed, when the last of them is cancelled.
+        Who asks for what is already being fetched for the same tenant under the same salt waits for
+        that fetch. It is given up, and its connection closed, when the last of them is cancelled.
         """
         if self._is_closed:
             raise ShuttingDown
         target = self._judged(url.strip(), kind)
-        key = self._keys(target, kind, tenant).memory
+        key = self._keys(target, kind, tenant, cache_salt).memory
         trip = self._trips.get(key)
         if trip is None:
-            task = asyncio.create_task(self._outcome(target, kind, tenant))
+            task = asyncio.create_task(self._outcome(target, kind, tenant, cache_salt))
             trip = self._trips[key] = _Trip(task)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -209,14 +211,16 @@ class Fetcher:
             del self._trips[key]
 
     async def _outcome(
-        self, target: Target, kind: SourceKind, tenant: str
+        self, target: Target, kind: SourceKind, tenant: str, cache_salt: str
     ) -> Fetched | ServerError:
         try:
-            return await self._follow(target, kind, tenant)
+            return await self._follow(target, kind, tenant, cache_salt)
         except ServerError as error:
             return error
 
-    async def _follow(self, target: Target, kind: SourceKind, tenant: str) -> Fetched:
+    async def _follow(
+        self, target: Target, kind: SourceKind, tenant: str, cache_salt: str
+    ) -> Fetched:
         """Hop after hop, each with its own place in the cache and its own turn at its host."""
         clock = asyncio.get_running_loop().time
         is_image = kind == "image"
@@ -224,7 +228,7 @@ class Fetcher:
         fetch_s = config.image_fetch_timeout_s if is_image else config.video_fetch_timeout_s
         wait_s = self._max_wait_s
         for _ in range(self._config.max_redirects + 1):
-            keys = self._keys(target, kind, tenant)
+            keys = self._keys(target, kind, tenant, cache_salt)
             stored = await self._find(keys)
             if stored is not None and stored.is_fresh(self._clock()):
                 return Fetched(await self._file_of(stored), "hit")
@@ -351,8 +355,8 @@ class Fetcher:
             raise _failed(kind, "the host sent no bytes")
         return writer.finish()
 
-    def _keys(self, target: Target, kind: SourceKind, tenant: str) -> _Keys:
-        fields = ("fetched", tenant, kind, str(target.url))
+    def _keys(self, target: Target, kind: SourceKind, tenant: str, cache_salt: str) -> _Keys:
+        fields = ("fetched", tenant, cache_salt, kind, str(target.url))
         return _Keys(cache_key(*fields, secret=self._secret), cache_key(*fields))
 
     async def _find(self, keys: _Keys) -> StoredAnswer | None:

@@ -13,8 +13,8 @@ from server.model.config import read_checkpoint
 CONTEXT = 200
 
 
-def demo_preparer() -> Preparer:
-    """A real preparer for text, with a short context. What it is told of pictures it refuses."""
+def demo_preparer(context_length: int = CONTEXT) -> Preparer:
+    """A real preparer for text, with a short context. Pictures are nothing for it."""
     info = read_checkpoint(find_checkpoint(None).folder)
     spec = info.vision
     assert spec is not None and spec.video_token_id is not None
@@ -25,7 +25,7 @@ def demo_preparer() -> Preparer:
         info.path, tokenizer, revision_layout=info.revision_layout, vision=spec
     )
     facts = ModelFacts(
-        context_length=CONTEXT,
+        context_length=context_length,
         stop_token_ids=info.stop_token_ids,
         im_end_id=info.turn_end_token_id,
         vision=spec,

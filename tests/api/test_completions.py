@@ -411,12 +411,16 @@ def test_numbers_of_a_completion() -> None:
         ({"suffix": "end"}, "unsupported_parameter", "suffix"),
         ({"messages": []}, "unsupported_parameter", "messages"),
         ({"add_special_tokens": False}, "unsupported_parameter", "add_special_tokens"),
+        ({"add_generation_prompt": True}, "unsupported_parameter", "add_generation_prompt"),
+        ({"continue_final_message": True}, "unsupported_parameter", "continue_final_message"),
+        ({"cache_salt": ""}, "invalid_value", "cache_salt"),
         ({"stream_options": {}}, "invalid_value", "stream_options"),
         ({"stop": [""]}, "invalid_value", "stop[0]"),
     ):
         assert refusal(**fields) == (code, param), fields
     parse_completion_request(LEAST | {"n": 2, "prompt": ["a"] * 64}, is_strict=True)
     neutral = {"best_of": 1, "suffix": "", "max_tokens": None, "logprobs": None, "echo": False}
+    neutral |= {"add_generation_prompt": False, "continue_final_message": False}
     parse_completion_request(LEAST | neutral, is_strict=True)
 
 

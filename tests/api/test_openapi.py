@@ -14,6 +14,13 @@ from fastapi.routing import APIRoute
 
 from server.api.docs_page import render_page
 from server.api.openapi import ROUTES, openapi_document
+from server.api.response_fields import (
+    RESPONSE_SHARED_FIELDS,
+    RESPONSE_UNSUPPORTED,
+    TOOL_FIELDS,
+    ResponseFields,
+)
+from server.api.response_schemas import NOTES_OF_RESPONSES
 from server.api.schemas import (
     SHARED_FIELDS,
     UNSUPPORTED,
@@ -101,6 +108,9 @@ def test_fields_and_forms_are_those_that_are_parsed(document: dict[str, Any]) ->
     }
     assert chat["properties"]["n"]["anyOf"][0]["maximum"] == 8
     assert chat["properties"]["model"]["examples"] == [MODEL]
+    response = schemas["ResponseRequest"]["properties"]
+    honoured = {*RESPONSE_SHARED_FIELDS, *TOOL_FIELDS, *ResponseFields.model_fields}
+    assert set(response) == honoured | set(RESPONSE_UNSUPPORTED)
     assert set(PART_SCHEMAS) == set(PART_TYPES)
     assert all(schema["additionalProperties"] is False for schema in PART_SCHEMAS.values())
     options = schemas["MediaOptions"]["properties"]
@@ -112,6 +122,7 @@ def test_each_honoured_field_has_its_words() -> None:
     assert set(NOTES) == set(ChatCompletionRequest.model_fields)
     assert set(COMPLETION_NOTES) == set(CompletionFields.model_fields)
     assert set(SHARED_FIELDS) <= set(NOTES)
+    assert {*ResponseFields.model_fields, *TOOL_FIELDS} == set(NOTES_OF_RESPONSES)
 
 
 def test_strictness_is_told(serve: Serve) -> None:

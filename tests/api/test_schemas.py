@@ -36,18 +36,44 @@ def test_a_field_not_honoured_is_refused_by_name_unless_it_asks_for_nothing(name
         ("store", True),
         ("modalities", ["text", "audio"]),
         ("modalities", []),
-        ("tools", [{"type": "function"}]),
-        ("tool_choice", "required"),
-        ("tool_choice", {"type": "function", "function": {"name": "f"}}),
         ("service_tier", "flex"),
         ("best_of", 2),
-        ("echo", True),
         ("skip_special_tokens", False),
-        ("add_generation_prompt", False),
     ],
 )
 def test_values_that_ask_for_something(name: str, value: object) -> None:
     assert refusal(**{name: value}) == ("unsupported_parameter", name)
+
+
+@pytest.mark.parametrize(
+    ("fields", "ending"),
+    [
+        ({}, "assistant"),
+        ({"add_generation_prompt": True, "continue_final_message": False}, "assistant"),
+        ({"add_generation_prompt": False}, "none"),
+        ({"add_generation_prompt": False, "continue_final_message": True}, "open"),
+        ({"continue_final_message": True}, "open"),
+    ],
+)
+def test_how_a_prompt_is_to_end(fields: dict[str, bool], ending: str) -> None:
+    assert parse(**fields).to_chat_request().ending == ending
+
+
+def test_nothing_is_begun_and_continued() -> None:
+    both = {"add_generation_prompt": True, "continue_final_message": True}
+    with pytest.raises(InvalidRequest, match="add_generation_prompt") as caught:
+        parse(**both).to_chat_request()
+    assert caught.value.param == "continue_final_message"
+    for name in ("add_generation_prompt", "continue_final_message", "echo"):
+        assert refusal(**{name: 1}) == ("invalid_type", name)
+
+
+def test_a_salt_says_something_short() -> None:
+    assert parse(cache_salt=None).to_chat_request().cache_salt == ""
+    assert parse(cache_salt="가" * 170).to_chat_request().cache_salt == "가" * 170
+    assert refusal(cache_salt="") == ("invalid_value", "cache_salt")
+    assert refusal(cache_salt=1) == ("invalid_type", "cache_salt")
+    assert refusal(cache_salt="가" * 171) == ("string_above_max_length", "cache_salt")
 
 
 @pytest.mark.parametrize(("name", "value"), [("length_penalty", 1.0), ("min_new_tokens", -0.0)])

@@ -19,16 +19,16 @@ ENVELOPE = Envelope("chatcmpl-1", "m", 1_700_000_000)
 USAGE = PromptUsage(text_tokens=3, image_tokens=81, video_tokens=90)
 
 
-def answer_of(*deltas: Delta, told: bool = False) -> Answer:
+def answer_of(*deltas: Delta, told: bool = False) -> tuple[Answer, ChatShape]:
     async def generated() -> AsyncGenerator[Delta, None]:
         for delta in deltas:
             yield delta
 
-    return Answer(USAGE, generated(), ChatShape(has_logprobs=told))
+    return Answer(USAGE, generated()), ChatShape(has_logprobs=told)
 
 
 async def frames_of(*deltas: Delta, include_usage: bool = False) -> list[bytes]:
-    async def begin() -> Answer:
+    async def begin() -> tuple[Answer, ChatShape]:
         return answer_of(*deltas)
 
     return [frame async for frame in sse_frames(begin, ENVELOPE, include_usage=include_usage)]
@@ -38,7 +38,7 @@ async def test_usage_adds_up_what_every_delta_counts() -> None:
     deltas = (Delta("a", None, 3, 128), Delta("b", None, 1), Delta("", "stop", 2))
     frames = await frames_of(*deltas, include_usage=True)
 
-    async def begin() -> Answer:
+    async def begin() -> tuple[Answer, ChatShape]:
         return answer_of(*deltas)
 
     completion = await collect(begin, ENVELOPE)
@@ -70,7 +70,7 @@ async def test_logprobs_that_come_with_no_text_come_with_the_end() -> None:
     """Minus infinity is not JSON; an unfinished character has bytes that are no text."""
     chance = TokenChance("\ufffd", b"\xed", -math.inf, (TokenChance("a", b"a", -0.5),))
 
-    async def begin() -> Answer:
+    async def begin() -> tuple[Answer, ChatShape]:
         return answer_of(Delta("a", None, 1), Delta("", "length", 1, chances=(chance,)), told=True)
 
     expected = {
@@ -96,8 +96,8 @@ async def test_an_answer_of_which_a_choice_is_missing_is_an_error() -> None:
     async def generated() -> AsyncGenerator[Delta, None]:
         yield Delta("a", "stop", 1, choice=1)
 
-    async def begin() -> Answer:
-        return Answer(USAGE, generated(), ChatShape(has_logprobs=False), num_choices=2)
+    async def begin() -> tuple[Answer, ChatShape]:
+        return Answer(USAGE, generated(), num_choices=2), ChatShape(has_logprobs=False)
 
     with pytest.raises(ServerError):
         await collect(begin, ENVELOPE)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from typing import Any
 
 import httpx
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from server.chat.prepare import Preparer
+from server.config import HttpConfig
 from tests.api.demo import CONTEXT, demo_preparer
 from tests.conftest import MODEL, Server, assert_error, running, until
 from tests.fakes import FAKE_FACTS
@@ -110,9 +112,18 @@ PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA
         ("/tokenize", {"messages": "hi"}, "invalid_type", "messages"),
         (
             "/tokenize",
-            {"messages": [{"role": "user", "content": [PICTURE]}]},
-            "unsupported_parameter",
-            "messages[0].content[0]",
+            {
+                "messages": [{"role": "user", "content": "a"}],
+                "media_options": {"x": 1},
+            },
+            "unknown_parameter",
+            "media_options.x",
+        ),
+        (
+            "/tokenize",
+            {"messages": [{"role": "user", "content": [PICTURE]}], "continue_final_message": True},
+            "invalid_prompt",
+            "continue_final_message",
         ),
         (
             "/tokenize",
@@ -130,10 +141,23 @@ PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA
             "/tokenize",
             {
                 "messages": [{"role": "user", "content": "a"}],
-                "add_generation_prompt": False,
+                "add_generation_prompt": True,
+                "continue_final_message": True,
             },
+            "invalid_value",
+            "continue_final_message",
+        ),
+        (
+            "/tokenize",
+            {"prompt": "a", "continue_final_message": False},
             "unsupported_parameter",
-            "add_generation_prompt",
+            "continue_final_message",
+        ),
+        (
+            "/tokenize",
+            {"prompt": "a", "media_options": {}},
+            "unsupported_parameter",
+            "media_options",
         ),
         ("/detokenize", {}, "missing_required_parameter", "tokens"),
         ("/detokenize", {"tokens": "1"}, "invalid_type", "tokens"),
@@ -173,6 +197,43 @@ def test_only_so_many_prompts_wait_to_be_encoded(
         assert_error(refused, 503, "server_is_overloaded")
         assert [answer.result().status_code for answer in answers] == [200, 200]
         assert server.http.post("/tokenize", json=body).status_code == 200
+    preparer.close()
+
+
+def test_one_key_s_prompts_make_room_for_another_s(
+    build: Callable[..., FastAPI], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.chat.prepare.MAX_ENCODES_WAITING", 2)
+    begun, gate = threading.Event(), threading.Event()
+    preparer = demo_preparer()
+    encode = preparer.tokenizer.encode_prompt
+
+    def slowly(text: str) -> list[int]:
+        begun.set()
+        assert gate.wait(10)
+        return encode(text)
+
+    preparer.tokenizer.encode_prompt = slowly  # type: ignore[method-assign]
+    http = HttpConfig(api_keys={key: sha256(key.encode()).hexdigest() for key in ("busy", "calm")})
+    with running(build(preparer=preparer, http=http)) as server, ThreadPoolExecutor(4) as clients:
+
+        def send(key: str) -> httpx.Response:
+            headers = {"authorization": f"Bearer {key}"}
+            url, body = f"{server.url}/tokenize", {"prompt": "a"}
+            return httpx.post(url, json=body, headers=headers, timeout=20)
+
+        busy = [clients.submit(send, "busy") for _ in range(3)]
+        assert begun.wait(10)
+        until(lambda: server.app.state.lifecycle.num_running == 3)
+        calm = clients.submit(send, "calm")
+        try:
+            until(lambda: any(answer.done() for answer in busy))
+        finally:
+            gate.set()
+        assert calm.result().status_code == 200
+        refused = [answer.result() for answer in busy if answer.result().status_code != 200]
+        assert len(refused) == 1
+        assert_error(refused[0], 429, "rate_limit_exceeded")
     preparer.close()
 
 

@@ -14,6 +14,7 @@ from server.chat.grammar import (
     MAX_SCHEMA_BYTES,
     MAX_SCHEMA_DEPTH,
     Constraint,
+    json_rule,
     parse_constraint,
 )
 from server.errors import InvalidRequest
@@ -52,13 +53,13 @@ def test_text_is_no_form() -> None:
     assert parse_constraint({"type": "text"}, {"regex": "a"}) is not None
 
 
-def test_a_schema_is_taken_as_it_stands_and_made_compact() -> None:
+def test_a_schema_is_made_compact() -> None:
     schema = {"type": "object", "properties": {"이름": {"type": "string"}}}
     found = by_schema(schema, strict=False, description="d")
     assert found is not None and found.param == SCHEMA
     grammar = json.loads(found.grammar)["grammars"][0]["json_schema"]
     options = grammar.pop("x-guidance")
-    assert grammar == schema
+    assert grammar == schema | {"additionalProperties": False}
     assert (options["whitespace_flexible"], options["lenient"]) == (False, False)
 
 
@@ -200,3 +201,49 @@ def test_what_would_change_the_rules_is_refused(name: str) -> None:
     assert name in refused_schema({"$defs": {"a": {"items": {name: {"lenient": True}}}}})
     # A property may well have that name, and a value may look like a schema.
     assert by_schema({"properties": {name: {}}, "const": {name: 1}, "enum": [{name: 1}]})
+
+
+def closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema as it is kept to."""
+    kept: dict[str, Any] = json.loads(json_rule(schema).removeprefix("%json "))
+    del kept["x-guidance"]
+    return kept
+
+
+def test_objects_have_the_members_that_are_named() -> None:
+    inner = {"properties": {"b": {"type": "string"}}, "required": ["b"]}
+    schema = {
+        "type": "object",
+        "properties": {"a": {"anyOf": [inner, {"type": "null"}]}, "properties": {"items": inner}},
+        "$defs": {"x": inner},
+        "enum": [{"properties": {"b": 1}}],
+    }
+    shut = inner | {"additionalProperties": False}
+    assert closed(schema) == schema | {
+        "properties": {"a": {"anyOf": [shut, {"type": "null"}]}, "properties": {"items": shut}},
+        "$defs": {"x": shut},
+        "additionalProperties": False,
+    }
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object"},
+        {"properties": {}},
+        {"properties": {"a": {}}, "additionalProperties": True},
+        {"properties": {"a": {}}, "additionalProperties": {"type": "string"}},
+        {"properties": {"a": {}}, "required": ["b"]},
+        {"properties": {"a": {}}, "required": 5},
+        {"properties": {"a": {}}, "minProperties": 2},
+        {"properties": {"a": {}}, "patternProperties": {"x": {}}},
+        {"properties": {"a": {}}, "anyOf": [{"properties": {"b": {}}}, {"required": ["a"]}]},
+        {"properties": {"a": {}}, "$ref": "#/$defs/b", "$defs": {"b": {"properties": {"b": {}}}}},
+        {"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]},
+        {"items": {"allOf": [{"properties": {"a": {}}}]}},
+    ],
+)
+def test_objects_stay_open_where_the_schema_says_so_or_puts_them_together(
+    schema: dict[str, Any],
+) -> None:
+    assert closed(schema) == schema

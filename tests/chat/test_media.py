@@ -79,7 +79,7 @@ class Host:
         self.most_at_once = 0
         self._num_now = 0
 
-    async def fetch(self, url: str, *, kind: str, tenant: str) -> Fetched:
+    async def fetch(self, url: str, *, kind: str, tenant: str, cache_salt: str = "") -> Fetched:
         self.asked.append((url, kind, tenant))
         self._num_now += 1
         self.most_at_once = max(self.most_at_once, self._num_now)
@@ -171,8 +171,10 @@ def host(reader: MediaReader) -> Host:
     return host
 
 
-def begin(reader: MediaReader, *, tenant: str = "t1", sent: Sent | None = None) -> Reading:
-    return reader.begin(tenant=tenant, attachments=sent)
+def begin(
+    reader: MediaReader, *, tenant: str = "t1", cache_salt: str = "", sent: Sent | None = None
+) -> Reading:
+    return reader.begin(tenant=tenant, cache_salt=cache_salt, attachments=sent)
 
 
 def parts_of(*content: Any) -> list[MediaPart]:
@@ -186,9 +188,10 @@ async def read(
     options: MediaOptions = NO_OPTIONS,
     budget: int | None = None,
     tenant: str = "t1",
+    cache_salt: str = "",
     sent: Sent | None = None,
 ) -> list[Any]:
-    reading = begin(reader, tenant=tenant, sent=sent)
+    reading = begin(reader, tenant=tenant, cache_salt=cache_salt, sent=sent)
     parts = parts_of(*content)
     known = await reading.kinds(parts)
     parts = [known.get(part.path, part) for part in parts]
@@ -337,10 +340,10 @@ async def test_of_a_long_list_few_files_are_open_and_no_more_is_got_than_may_be(
     most = 0
     fetch = host.fetch
 
-    async def watched(url: str, *, kind: str, tenant: str) -> Fetched:
+    async def watched(url: str, *, kind: str, tenant: str, cache_salt: str) -> Fetched:
         nonlocal most
         most = max(most, num_memory_files())
-        return await fetch(url, kind=kind, tenant=tenant)
+        return await fetch(url, kind=kind, tenant=tenant, cache_salt=cache_salt)
 
     host.fetch = watched  # type: ignore[method-assign]
     (medium,) = await read(reader, video(urls))
@@ -565,6 +568,8 @@ async def test_finished_pixels_are_kept_for_who_sent_them(reader: MediaReader) -
     assert await outcome(tenant="t3") == "miss"
     assert await outcome(tenant="t3") == "hit"
     assert await outcome(tenant="t4") == "miss"
+    assert await outcome(tenant="t3", cache_salt="s") == "miss"
+    assert await outcome(tenant="t3", cache_salt="s") == "hit"
     assert await outcome(tenant="t3", options=MediaOptions(detail="low")) == "miss"
 
 

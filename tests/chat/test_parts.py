@@ -8,6 +8,7 @@ from server.chat.options import MediaOptions
 from server.chat.parts import (
     HINT_FIELDS,
     PART_TYPES,
+    Call,
     Hints,
     MediaPart,
     Message,
@@ -161,6 +162,35 @@ def test_fields_that_ask_for_nothing_are_accepted() -> None:
     assert parse(repeated, user("y"))[0] == Message("assistant", "x")
 
 
+def call(**function: Any) -> dict[str, Any]:
+    return {"id": "a", "type": "function", "function": function}
+
+
+def calling(*calls: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": None, "tool_calls": list(calls)}
+
+
+C = "messages[0].tool_calls[0]"
+CALL = call(name="f", arguments='{"x": [1, "서울"]}')
+
+
+def test_calls_and_their_results() -> None:
+    result = {"role": "tool", "tool_call_id": "a", "content": [{"type": "text", "text": "r"}]}
+    asked, answered = parse(calling(CALL | {"index": 0}), result | {"name": "f"})
+    made = Call("a", "f", {"x": [1, "서울"]})
+    assert asked == Message("assistant", "", (made,))
+    assert answered == Message("tool", (TextPart("r"),), call=made)
+    with pytest.raises(InvalidRequest) as caught:
+        parse(calling(CALL), result | {"name": "g"})
+    assert (caught.value.code, caught.value.param) == ("invalid_value", "messages[1].name")
+
+
+@pytest.mark.parametrize("arguments", [None, "", " ", "{}"])
+def test_a_call_without_arguments(arguments: str | None) -> None:
+    (message,) = parse(calling(call(name="f", arguments=arguments)))
+    assert message.calls == (Call("a", "f", {}),)
+
+
 def assert_refused(message: Any, code: str, param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse(message)
@@ -176,7 +206,18 @@ def assert_refused(message: Any, code: str, param: str) -> None:
         ({"role": None, "content": "x"}, "missing_required_parameter", "messages[0].role"),
         ({"role": 1, "content": "x"}, "invalid_type", "messages[0].role"),
         ({"role": "wizard", "content": "x"}, "invalid_value", "messages[0].role"),
-        ({"role": "tool", "content": "x"}, "unsupported_parameter", "messages[0].role"),
+        (
+            {"role": "tool", "content": "x"},
+            "missing_required_parameter",
+            "messages[0].tool_call_id",
+        ),
+        (
+            {"role": "tool", "content": "x", "tool_call_id": "a"},
+            "invalid_value",
+            "messages[0].tool_call_id",
+        ),
+        (user("x") | {"tool_call_id": "a"}, "unsupported_parameter", "messages[0].tool_call_id"),
+        (user("x") | {"tool_calls": [CALL]}, "unsupported_parameter", "messages[0].tool_calls"),
         ({"role": "function", "content": "x"}, "unsupported_parameter", "messages[0].role"),
         ({"role": "user"}, "missing_required_parameter", P),
         ({"role": "system", "content": None}, "missing_required_parameter", P),
@@ -184,10 +225,22 @@ def assert_refused(message: Any, code: str, param: str) -> None:
         (user(True), "invalid_type", P),
         (user("\ud800"), "invalid_value", P),
         (user("x") | {"name": "Bob"}, "unsupported_parameter", "messages[0].name"),
+        (calling(5), "invalid_type", f"{C}"),
+        (calling(CALL | {"function": None}), "missing_required_parameter", f"{C}.function"),
+        (calling(CALL | {"id": None}), "missing_required_parameter", f"{C}.id"),
+        (calling(CALL | {"type": "custom"}), "unsupported_parameter", f"{C}.type"),
+        (calling(CALL | {"colour": "red"}), "unknown_parameter", f"{C}.colour"),
+        (calling(call()), "missing_required_parameter", f"{C}.function.name"),
+        (calling(call(name="f", x=1)), "unknown_parameter", f"{C}.function.x"),
+        (calling(call(name="f", arguments={})), "invalid_type", f"{C}.function.arguments"),
+        *(
+            (calling(call(name="f", arguments=each)), "invalid_value", f"{C}.function.arguments")
+            for each in ("[]", "5", "{", "{} {}", '{"a": NaN}', '{"a": 1e999}', '{"a": "\\ud800"}')
+        ),
         (
-            {"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]},
-            "unsupported_parameter",
-            "messages[0].tool_calls",
+            calling(call(name="f", arguments="[" * 100_000)),
+            "invalid_value",
+            f"{C}.function.arguments",
         ),
         (user("x") | {"colour": "red"}, "unknown_parameter", "messages[0].colour"),
         (user([1]), "invalid_type", f"{P}[0]"),

@@ -282,7 +282,7 @@ async def test_a_prompt_too_long_without_its_pictures_saves_their_decoding(
 async def test_hopelessly_long_text_is_never_encoded(
     preparer: Preparer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> list[int]:
+    def fail(*_: object, **__: object) -> list[int]:
         raise AssertionError("encoded")
 
     monkeypatch.setattr(ChatTemplate, "encode", fail)
@@ -292,6 +292,34 @@ async def test_hopelessly_long_text_is_never_encoded(
     messages = [*user(text(half)), *user(picture(ocr=half))]
     code = await refusal(preparer, messages)
     assert code == ("context_length_exceeded", "messages[1].content")
+
+
+async def test_an_echo_is_the_text_of_the_last_message(preparer: Preparer) -> None:
+    said = {"role": "assistant", "content": [text(" A red "), text("circle ")]}
+    conversation = [*user(text("x")), said]
+    for fields in ({"ending": "open"}, {"ending": "none"}, {}):
+        echoing = await prepare(preparer, conversation, is_echoing=True, **fields)
+        silent = await prepare(preparer, conversation, **fields)
+        assert (echoing.echo, silent.echo) == (" A red \ncircle ", "")
+        assert echoing.request.prompt_ids == silent.request.prompt_ids
+    own = await prepare(preparer, user(text("You")), is_echoing=True, ending="open")
+    assert own.echo == "You"
+    for ending in ("assistant", "none"):
+        refused = await refusal(preparer, user(text("You")), is_echoing=True, ending=ending)
+        assert refused == ("invalid_value", "echo")
+
+
+async def test_a_conversation_is_counted_with_its_media(preparer: Preparer) -> None:
+    messages = user(picture(RED), text("and"), clip(3), text("What?"))
+    for ending in ("assistant", "none", "open"):
+        request = ChatRequest(messages, ending=ending)
+        counted = await preparer.encode_messages(request, tenant="t1")
+        prepared = await prepare(preparer, messages, ending=ending)
+        assert counted.ids == prepared.request.prompt_ids
+    assert prepared.usage.image_tokens > 0 and prepared.usage.video_tokens > 0
+    long = user(text("x " * CONTEXT), picture(RED))
+    counted = await preparer.encode_messages(ChatRequest(long), tenant="t1")
+    assert len(counted.ids) > CONTEXT
 
 
 NEUTRAL = SamplingParams(max_tokens=1)

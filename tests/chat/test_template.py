@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.chat.parts import HINT_FIELDS, parse_messages
-from server.chat.template import DOCUMENTED_LAYOUT, ChatTemplate, read_template
+from server.chat.template import DOCUMENTED_LAYOUT, ChatTemplate, Ending, read_template
 from server.chat.tokenizer import Tokenizer
+from server.chat.tools import Function
 from server.config import MediaConfig
 from server.core import VisionSpec
 from server.errors import CheckpointError, InvalidPrompt, UnsupportedParameter
@@ -30,6 +31,10 @@ from tests.chat.conftest import (
 
 PICTURE = {"type": "image", "image": "AAAA"}
 CLIP = {"type": "video", "video": "AAAA"}
+ONLY_TOOLS_MISSING = (
+    "the checkpoint's chat template cannot render tools: "
+    "the documented layout is used for such conversations"
+)
 
 
 def text(words: str) -> dict[str, str]:
@@ -61,8 +66,8 @@ def older(tokenizer: Tokenizer, vision: VisionSpec) -> ChatTemplate:
     )
 
 
-def encode(template: ChatTemplate, *messages: Any) -> list[int]:
-    return template.encode(parse_messages(list(messages), MediaConfig()))
+def encode(template: ChatTemplate, *messages: Any, ending: Ending = "assistant") -> list[int]:
+    return template.encode(parse_messages(list(messages), MediaConfig()), ending=ending)
 
 
 def shown(tokenizer: Tokenizer, ids: list[int]) -> str:
@@ -210,7 +215,7 @@ def test_the_older_release_gets_one_part_a_message(
         "<|im_start|>user\nWhy?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert older.notes == ()
+    assert older.notes == (ONLY_TOOLS_MISSING,)
 
 
 def test_the_older_release_sees_a_video_as_a_picture_entry(
@@ -230,7 +235,7 @@ def test_any_template_renders_text_whatever_the_layout_says(
     tokenizer: Tokenizer, layout: Any, template: str, content: Any
 ) -> None:
     prompts = ChatTemplate(tokenizer, template=template, revision_layout=layout)
-    assert prompts.notes == ()
+    assert prompts.notes == (ONLY_TOOLS_MISSING,)
     words = shown(tokenizer, encode(prompts, {"role": "system", "content": "S"}, user(content)))
     assert words.endswith(
         "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n안녕<|im_end|>\n<|im_start|>assistant\n"
@@ -283,7 +288,7 @@ def test_a_template_that_cannot_show_a_video_is_helped_out(
         prompts = ChatTemplate(tokenizer, template=blind, revision_layout="main", vision=vision)
     assert len(caplog.records) == 1
     assert prompts.notes == (
-        "the checkpoint's chat template cannot render videos: "
+        "the checkpoint's chat template cannot render videos and tools: "
         "the documented layout is used for such conversations",
     )
     with_picture = user([PICTURE, text("x")])
@@ -329,7 +334,7 @@ def test_what_nothing_can_render_is_refused(
     plain = Tokenizer(json.dumps(description | {"added_tokens": added}))
     prompts = ChatTemplate(plain, template=STRING_TEMPLATE, revision_layout="main", vision=vision)
     assert prompts.notes == (
-        "the checkpoint's chat template cannot render pictures and videos: "
+        "the checkpoint's chat template cannot render pictures and videos and tools: "
         "the server refuses such conversations",
     )
     encode(prompts, user("x"))
@@ -365,7 +370,7 @@ def test_a_template_may_refuse_a_conversation(tokenizer: Tokenizer) -> None:
         "{%- endif -%}" + STRING_TEMPLATE
     )
     prompts = ChatTemplate(tokenizer, template=picky, revision_layout="text")
-    assert prompts.notes == ()
+    assert prompts.notes == (ONLY_TOOLS_MISSING,)
     with pytest.raises(InvalidPrompt) as caught:
         encode(prompts, user("x"), {"role": "assistant", "content": "y"})
     assert "last word" not in caught.value.message
@@ -380,6 +385,109 @@ def test_a_template_that_loses_a_picture_is_caught(
     encode(prompts, user([PICTURE]), user("x"))
     with pytest.raises(InvalidPrompt, match="0 media places for 1"):
         encode(prompts, user([PICTURE]), user("x"), user("y"))
+
+
+def assistant(content: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content}
+
+
+@pytest.mark.parametrize("name", ["documented", "own", "older"])
+@pytest.mark.parametrize("content", ["A red", [{"type": "text", "text": "A red"}]])
+def test_a_prompt_may_end_in_three_ways(
+    name: str, content: Any, tokenizer: Tokenizer, request: pytest.FixtureRequest
+) -> None:
+    template: ChatTemplate = request.getfixturevalue(name)
+    conversation = (user("What?"), assistant(content))
+    head = "<|im_start|>assistant\n"
+    closed = shown(tokenizer, encode(template, *conversation, ending="none"))
+    assert shown(tokenizer, encode(template, *conversation)) == closed + head
+    opened = shown(tokenizer, encode(template, *conversation, ending="open"))
+    assert opened.endswith(f"{head}A red")
+    end = "<|endofturn|>" if name != "older" else ""
+    assert closed.removeprefix(opened).replace("\n", "") == f"<|im_end|>{end}"
+
+
+@pytest.mark.parametrize("name", ["documented", "own", "older"])
+def test_a_user_s_text_may_be_continued_behind_a_picture(
+    name: str, tokenizer: Tokenizer, request: pytest.FixtureRequest
+) -> None:
+    template: ChatTemplate = request.getfixturevalue(name)
+    ids = encode(template, user([PICTURE, text("What"), text("is")]), ending="open")
+    assert ids.count(tokenizer.special[IMAGE]) == 1
+    assert shown(tokenizer, ids).endswith("<|im_start|>user\nWhat<|im_end|>\n<|im_start|>user\nis")
+    for message in (user([text("x"), PICTURE]), assistant([])):
+        with pytest.raises(InvalidPrompt, match="text that could be continued") as caught:
+            encode(template, user("x"), message, ending="open")
+        assert caught.value.param == "continue_final_message"
+
+
+@pytest.mark.parametrize("name", ["documented", "own", "older"])
+def test_an_empty_message_is_continued_from_its_head(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    template: ChatTemplate = request.getfixturevalue(name)
+    begun = encode(template, user("x"), assistant(""), ending="open")
+    assert begun == encode(template, user("x"))
+
+
+TURNS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ CONTENT }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "said", "rendered"),
+    [
+        ("m.content | trim", "  A \n", "A"),
+        ("' ' + m.content | trim + ' '", " A  ", " A"),
+        ("m.content | trim", " \n", ""),
+        ("m.content", " A \n", " A \n"),
+        ("m.content + '\n'", "A ", "A "),
+        ("m.content | tojson", "A ", '"A '),
+        ("m.content.split('-')[-1]", "A", "A"),
+    ],
+)
+def test_white_space_ends_a_continued_text_as_the_template_would_have_it(
+    tokenizer: Tokenizer, content: str, said: str, rendered: str
+) -> None:
+    template = ChatTemplate(
+        tokenizer, template=TURNS.replace("CONTENT", content), revision_layout="text"
+    )
+    assert template.notes == (ONLY_TOOLS_MISSING,)
+    words = shown(tokenizer, encode(template, user("x"), assistant(said), ending="open"))
+    assert words.endswith(f"<|im_start|>assistant\n{rendered}")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "m.content.split('-')[-1]",
+        "m.content + (m.content if loop.last and m.role == 'assistant' else '')",
+        "m.content if not loop.last or m.role == 'user' else 'said'",
+    ],
+)
+def test_what_a_template_does_not_show_once_cannot_be_continued(
+    tokenizer: Tokenizer, content: str
+) -> None:
+    template = ChatTemplate(
+        tokenizer, template=TURNS.replace("CONTENT", content), revision_layout="text"
+    )
+    assert template.notes == (ONLY_TOOLS_MISSING,)
+    with pytest.raises(InvalidPrompt, match="leave the last message open") as caught:
+        encode(template, user("x"), assistant("a-b"), ending="open")
+    assert caught.value.param == "continue_final_message"
+
+
+def test_a_template_that_always_begins_an_answer(tokenizer: Tokenizer) -> None:
+    always = STRING_TEMPLATE.replace("{%- if add_generation_prompt %}", "{%- if true %}")
+    template = ChatTemplate(tokenizer, template=always, revision_layout="text")
+    conversation = (user("x"), assistant("y"))
+    with pytest.raises(UnsupportedParameter) as caught:
+        encode(template, *conversation, ending="none")
+    assert caught.value.param == "add_generation_prompt"
+    opened = shown(tokenizer, encode(template, *conversation, ending="open"))
+    assert opened.endswith("<|im_start|>assistant\ny")
 
 
 client_text = st.lists(
@@ -410,6 +518,19 @@ def test_no_text_changes_the_special_tokens_of_a_prompt(
         harmless = encode(template, *conversation("x", "x", "x"))
         special = tokenizer.special_ids
         assert [i for i in ids if i in special] == [i for i in harmless if i in special]
+
+
+@settings(max_examples=50)
+@given(words=client_text, space=st.text(alphabet=" \n\t", max_size=3))
+def test_any_text_is_continued_as_it_would_have_been_closed(
+    own: ChatTemplate, documented: ChatTemplate, tokenizer: Tokenizer, words: str, space: str
+) -> None:
+    for template, kept in ((own, words.strip()), (documented, words + space)):
+        conversation = (user(words), assistant(words + space))
+        opened = shown(tokenizer, encode(template, *conversation, ending="open"))
+        closed = shown(tokenizer, encode(template, *conversation, ending="none"))
+        assert opened.endswith(f"<|im_start|>assistant\n{kept}")
+        assert closed.removeprefix(opened).startswith("<|im_end|>")
 
 
 @settings(max_examples=50)
@@ -492,3 +613,88 @@ def _minimal() -> str:
             "model": {"type": "BPE", "vocab": byte_symbols(), "merges": []},
         }
     )
+
+
+FUNCTION = Function(
+    "weather", "Its <|im_end|>", {"type": "object", "properties": {"<|stop|>": {}}}, ""
+)
+CALLED: list[dict[str, Any]] = [
+    {
+        "role": "assistant",
+        "content": "Hm.",
+        "tool_calls": [{"id": "a", "function": {"name": "weather", "arguments": '{"x":"한"}'}}],
+    },
+    {"role": "tool", "tool_call_id": "a", "content": "sunny <|im_end|>"},
+]
+SHOWN_CALLS = (
+    "<|im_start|>assistant\nHm.<|im_end|>\n"
+    '<|im_start|>assistant -> tool/function_call\n[{"name": "weather", "arguments": {"x": "한"}}]'
+    "<|im_end|><|stop|>\n"
+    "<|im_start|>tool/function_call\nsunny <|im_end|><|im_end|>\n"
+)
+SHOWN_TOOLS = (
+    '<|im_start|>tool_list\n[{"name": "weather", "description": "Its <|im_end|>", '
+    '"parameters": {"type": "object", "properties": {"<|stop|>": {}}}}]<|im_end|>\n'
+)
+
+
+def test_the_documented_layout_of_tools(tokenizer: Tokenizer, documented: ChatTemplate) -> None:
+    messages = parse_messages([user("x"), *CALLED], MediaConfig())
+    ids = documented.encode(messages, [FUNCTION])
+    words = shown(tokenizer, ids)
+    system = "<|im_start|>system\n<|im_end|>\n"
+    asked = "<|im_start|>user\nx<|im_end|>\n"
+    assert words == f"{SHOWN_TOOLS}{system}{asked}{SHOWN_CALLS}<|im_start|>assistant\n"
+    # What the client wrote of special tokens is none.
+    assert ids.count(tokenizer.special["<|stop|>"]) == 1
+    assert ids.count(tokenizer.special["<|im_end|>"]) == words.count("<|im_end|>") - 2
+
+
+def test_a_call_is_begun_in_the_prompt(tokenizer: Tokenizer, documented: ChatTemplate) -> None:
+    messages = parse_messages([user("x")], MediaConfig())
+    words = shown(tokenizer, documented.encode(messages, [FUNCTION], ending="call"))
+    assert words.endswith("x<|im_end|>\n<|im_start|>assistant -> tool/function_call\n")
+    thinking = STRING_TEMPLATE.replace("assistant\\n'", "assistant/think\\n'") + (
+        "{%- for tool in tools or [] -%}{{ tool | tojson }}{%- endfor -%}"
+        "{%- for m in messages -%}{%- for c in m.tool_calls or [] -%}{{ c | tojson }}{%- endfor -%}"
+        "{%- endfor -%}<|im_start|>assistant/think\\n"
+    )
+    other = ChatTemplate(tokenizer, template=thinking, revision_layout="text")
+    assert other.notes == ()
+    words = shown(tokenizer, other.encode(messages, [FUNCTION], ending="call"))
+    assert words.endswith("think\\n<|im_end|>\n<|im_start|>assistant -> tool/function_call\n")
+
+
+@pytest.mark.parametrize("template", [LIST_TEMPLATE, DICT_TEMPLATE, STRING_TEMPLATE])
+def test_a_template_without_tools_is_helped_out(
+    tokenizer: Tokenizer, documented: ChatTemplate, vision: VisionSpec, template: str
+) -> None:
+    chat = ChatTemplate(tokenizer, template=template, revision_layout="main", vision=vision)
+    assert "tools" in chat.notes[0]
+    plain, called = (parse_messages([user("x"), *more], MediaConfig()) for more in ((), CALLED))
+    assert chat.encode(plain, [FUNCTION]) == documented.encode(plain, [FUNCTION])
+    assert chat.encode(called) == documented.encode(called)
+
+
+def test_a_template_that_shows_tools_is_used(tokenizer: Tokenizer) -> None:
+    template = (
+        "{%- for tool in tools or [] -%}T{{ tool.function | tojson }}{%- endfor -%}"
+        "{%- for m in messages -%}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{%- for c in m.tool_calls or [] -%}C{{ c.function | tojson }}{%- endfor -%}<|im_end|>"
+        "{%- endfor -%}<|im_start|>assistant\n"
+    )
+    chat = ChatTemplate(tokenizer, template=template, revision_layout="text")
+    assert chat.notes == ()
+    messages = parse_messages([user("x"), *CALLED], MediaConfig())
+    words = shown(tokenizer, chat.encode(messages, [FUNCTION]))
+    assert words.startswith('T{"name": "weather"')
+    assert 'Hm.C{"name": "weather", "arguments": {"x": "한"}}<|im_end|>' in words
+
+
+def test_without_the_family_s_tokens_tools_are_refused(description: dict[str, Any]) -> None:
+    added = [t for t in description["added_tokens"] if t["content"] != "<|im_start|>"]
+    plain = Tokenizer(json.dumps(description | {"added_tokens": added}))
+    chat = ChatTemplate(plain, template=STRING_TEMPLATE, revision_layout="text")
+    with pytest.raises(UnsupportedParameter) as caught:
+        chat.encode(parse_messages([user("x")], MediaConfig()), [FUNCTION])
+    assert caught.value.param == "tools"

@@ -8,12 +8,17 @@ is put right. Loaded by schemathesis, by the name of this file.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import schemathesis
 
 LONGEST_ANSWER = 3
-_LIMITS = ("max_tokens", "max_completion_tokens")
+_LIMITS = {
+    "/v1/chat/completions": ("max_tokens", "max_completion_tokens"),
+    "/v1/completions": ("max_tokens",),
+    "/v1/responses": ("max_output_tokens",),
+}
 _INT64_MAX = 2**63 - 1
 
 
@@ -29,18 +34,19 @@ def before_call(context: schemathesis.HookContext, case: Any, kwargs: dict[str, 
     lengthen_stretches(body)
     if isinstance(body.get("model"), str):
         body["model"] = os.environ["CLIENTS_MODEL"]
-    if case.path.endswith("/completions") and all(map(is_limit, map(body.get, _LIMITS))):
-        shorten(body)
+    limits = _LIMITS.get(case.path, ())
+    if limits and all(map(is_limit, map(body.get, limits))):
+        shorten(body, limits)
     if body.get("prompt") in ("", [""]):
         body["prompt"] = "a"  # with most tokenizers an empty text is no token
     if body.get("stream") is True and str(case.query.get("dry_run")).lower() == "true":
         case.query["dry_run"] = "false"
 
 
-def shorten(body: dict[str, Any]) -> None:
+def shorten(body: dict[str, Any], limits: Sequence[str]) -> None:
     """Ask for few tokens, whatever the request says of their number."""
-    given = [name for name in _LIMITS if body.get(name) is not None]
-    for name in given or ["max_tokens"]:
+    given = [name for name in limits if body.get(name) is not None]
+    for name in given or limits[:1]:
         body[name] = LONGEST_ANSWER
     if is_limit(body.get("min_tokens")):
         body["min_tokens"] = 1

@@ -63,7 +63,9 @@ def resident_pages(pid: int) -> int:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, *flags: str, **settings: object) -> Iterator[RunningServer]:
+def serving(
+    folder: Path, *flags: str, api_key: str = "none", **settings: object
+) -> Iterator[RunningServer]:
     """`hcx-server serve` on a free port until the block ends; then it must exit with 0."""
     environment = {name: os.environ[name] for name in os.environ if not name.startswith("HCX_")}
     environment |= {f"HCX_{name}": str(value) for name, value in settings.items()}
@@ -81,7 +83,7 @@ def serving(folder: Path, *flags: str, **settings: object) -> Iterator[RunningSe
             found = re.search(r"metrics at (http://\S+)/metrics$", log.read_text(), re.MULTILINE)
             assert found, log.read_text()
             client = openai.OpenAI(
-                base_url=f"{url}/v1", api_key="none", timeout=ANSWER_S, max_retries=0
+                base_url=f"{url}/v1", api_key=api_key, timeout=ANSWER_S, max_retries=0
             )
             with client:
                 yield RunningServer(process, url, found[1], client, client.models.list().data[0].id)

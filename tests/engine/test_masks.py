@@ -311,6 +311,9 @@ def test_special_and_reserved_ids_and_those_without_a_token_are_no_text(
     named = request_of("r", {"grammar": f"start: <[0-{max(vocabulary.added_ids)}]>"}, (299,))
     [mask] = builder.begin(named).result(10)
     assert not allowed_ids(mask, width) & vocabulary.added_ids
+    special = min(vocabulary.added_ids)
+    [mask] = builder.begin(replace(named, grammar_special_ids=(special,))).result(10)
+    assert allowed_ids(mask, width) & vocabulary.added_ids == {special}
     builder.close()
 
 

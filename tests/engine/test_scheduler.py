@@ -50,10 +50,15 @@ def make_scheduler(
 
 
 def make_choices(
-    name: str = "r", *, tenant: str = "tenant", num_choices: int, **options: object
+    name: str = "r",
+    *,
+    tenant: str = "tenant",
+    cache_salt: str = "",
+    num_choices: int,
+    **options: object,
 ) -> list[Sequence]:
     request = make_request(name, num_choices=num_choices, **options)  # type: ignore[arg-type]
-    request = replace(request, tenant=tenant)
+    request = replace(request, tenant=tenant, cache_salt=cache_salt)
     tiles = make_tiles(request)
     return [Sequence.from_request(request, tiles, choice=choice) for choice in range(num_choices)]
 
@@ -456,6 +461,29 @@ def test_tenants_never_share_a_block_or_an_encoding() -> None:
         scheduler.add(make_sequence(tenant, tenant=tenant, prompt=(PICTURE, *range(20))))
         assert answer(scheduler, cache)[0].num_cached_tokens == 0
     assert cache.num_tiles == 2 * len(PICTURE.layout.tile_queries)
+
+
+def test_salts_share_a_block_or_an_encoding_with_themselves_alone() -> None:
+    scheduler, cache = make_scheduler(num_blocks=64, max_tokens=100), FakeCache(4)
+    owners = [("ab", ""), ("ab", "c"), ("a", "bc"), ("", "abc"), ("1", ":x"), ("1:", "x")]
+    for num_cached in (0, 32):
+        for tenant, salt in owners:
+            options = {"tenant": tenant, "cache_salt": salt, "prompt": (PICTURE, *range(20))}
+            scheduler.add(make_sequence(f"{tenant}/{salt}/{num_cached}", **options, max_tokens=1))
+            (event,) = answer(scheduler, cache)
+            assert event.num_cached_tokens == num_cached, (tenant, salt)
+    assert cache.num_tiles == len(owners) * len(PICTURE.layout.tile_queries)
+
+
+def test_salts_of_one_tenant_are_no_tenants_of_their_own() -> None:
+    scheduler = make_scheduler(max_running=1)
+    for name, tenant, salt in (("a", "x", "1"), ("b", "x", "2"), ("c", "x", "3"), ("d", "y", "")):
+        scheduler.add(make_sequence(name, tenant=tenant, cache_salt=salt, max_tokens=1))
+    order = []
+    while (batch := scheduler.schedule()) is not None:
+        order += [span.sequence.request_id for span in batch.spans]
+        scheduler.commit(batch, [SpanOutput(1) for _ in batch.spans])
+    assert order == ["a", "d", "b", "c"]
 
 
 def test_pictures_of_equal_size_never_share_a_block() -> None:

@@ -81,8 +81,8 @@ async def fetcher_for(
             resolver.close()
 
 
-async def fetch(fetcher: Fetcher, url: str, *, tenant: str = "a") -> Fetched:
-    return await fetcher.fetch(url, kind="image", tenant=tenant)
+async def fetch(fetcher: Fetcher, url: str, *, tenant: str = "a", cache_salt: str = "") -> Fetched:
+    return await fetcher.fetch(url, kind="image", tenant=tenant, cache_salt=cache_salt)
 
 
 async def error_of(fetcher: Fetcher, url: str) -> MediaError:
@@ -776,9 +776,11 @@ async def test_what_is_used_again(
             assert (second.cache, second.file.read()) == (outcome, BODY)
             assert second.file.digest == hashlib.sha256(BODY).hexdigest()
             assert len(host.heads) == (1 if outcome == "hit" else 2)
-            # Another tenant, and another kind, is never answered from it.
+            # Another tenant, salt or kind is never answered from it.
             host.behaviours["*"] = answer(b"other")
             assert (await fetch(fetcher, host.url(), tenant="b")).file.read() == b"other"
+            salted = await fetch(fetcher, host.url(), cache_salt="s")
+            assert salted.file.read() == b"other"
             other = await fetcher.fetch(host.url(), kind="video", tenant="a")
             assert other.file.read() == b"other"
 
