@@ -76,10 +76,17 @@ class ScriptedRunner:
 
 
 class MasksByHand:
-    """Masks that allow all, made when a test says so; `begun` are the futures by request."""
+    """Masks that allow all, made when a test says so; `begun` are the futures by request.
+
+    `ready` are masks by grammar that need not be made.
+    """
 
     def __init__(self) -> None:
         self.begun: dict[str, Future[list[TokenMask]]] = {}
+        self.ready: dict[str | None, list[TokenMask]] = {}
+
+    def known(self, request: GenerationRequest) -> list[TokenMask] | None:
+        return self.ready.get(request.grammar)
 
     def begin(self, request: GenerationRequest) -> Future[list[TokenMask]]:
         return self.begun.setdefault(request.request_id, Future())
