@@ -39,6 +39,10 @@ async def stubborn() -> AsyncIterator[Prover]:
     await prover.stop()
 
 
+MANY_WAYS = "start: " + " | ".join(f'x{i}? "y"' for i in range(2000)) + "\n"
+MANY_WAYS += "\n".join(f'x{i}: "z{i}"' for i in range(2000))
+
+
 async def message_of(prover: Prover, grammar: str) -> str:
     with pytest.raises(InvalidSchema) as caught:
         await prover.prove(grammar, param="the.param")
@@ -68,6 +72,25 @@ async def test_what_can_be_matched_is_good(prover: Prover, form: str, value: obj
     await prover.prove(grammar_of(form, value), param="p")
 
 
+def object_of(number: int, *, required: bool, **schema: object) -> dict[str, object]:
+    names = [f"member_{index}" for index in range(number)]
+    return {
+        "type": "object",
+        "properties": {name: {"type": "string"} for name in names},
+        "required": names if required else [],
+        **schema,
+    }
+
+
+@pytest.mark.parametrize("required", [True, False])
+@pytest.mark.parametrize("schema", [{"additionalProperties": False}, {}])
+async def test_a_thousand_members_are_possible(
+    prover: Prover, required: bool, schema: dict[str, object]
+) -> None:
+    """As many as a schema may have, whether each must be there or none."""
+    await prover.prove(grammar_of("json", object_of(1000, required=required, **schema)), param="p")
+
+
 @pytest.mark.parametrize(
     ("form", "value", "message"),
     [
@@ -81,6 +104,8 @@ async def test_what_can_be_matched_is_good(prover: Prover, form: str, value: obj
         ("json", {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "Nothing"),
         ("regex", "(?=a)b", "It looks ahead or behind"),
         ("regex", "[", "It is not valid."),
+        ("regex", r"(\w{1,200}\d){1,100}" * 12, "It is too complex."),
+        ("grammar", MANY_WAYS, "It is too complex."),
         ("grammar", "start: thing", "It is not valid."),
         ("grammar", "start: <|im_end|>", "Nothing satisfies it."),
         ("grammar", "start: <[3]>", "Nothing satisfies it."),
