@@ -164,9 +164,11 @@ def bound(name: str, grammar: str) -> GenerationRequest:
 async def test_a_grammar_that_kills_the_process_is_found_and_those_that_wait_are_answered(
     tiny_checkpoint: Path,
 ) -> None:
-    """It has never run: it is under suspicion because its matcher was being built."""
+    """It has never run, while another did: but its matcher was being built."""
     good = LLMatcher.grammar_from_regex("[ab]{9}")
     async with started(make_client(tiny_checkpoint)) as client:
+        running = await client.submit(make_request("0", prompt=(SLOW,), max_tokens=400), [])
+        await anext(running)
         requests = [
             bound("before", good),
             bound("deadly", KILLING_GRAMMAR),
@@ -175,6 +177,7 @@ async def test_a_grammar_that_kills_the_process_is_found_and_those_that_wait_are
         streams = {each.request_id: await client.submit(each, []) for each in requests}
         ends = {name: await collect(stream) for name, stream in streams.items()}
         assert client.num_restarts == 2
+        assert (await collect(running))[-1].error_code == "worker_restarting"
     assert ends.pop("deadly") == [TokenEvent("deadly", None, "error", "internal_error")]
     assert [[event.finish_reason for event in events] for events in ends.values()] == [
         [None, "length"],
