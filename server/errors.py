@@ -144,6 +144,10 @@ class InvalidSchema(InvalidRequest):
     """A form of the answer that cannot be kept to: a schema, a regex, choices or a grammar."""
 
     code = "invalid_json_schema"
+    default_message = (
+        "The form of the answer turned out too complex to be followed any further, "
+        "or nothing that it allows may come."
+    )
 
 
 class AttachmentNotFound(InvalidRequest):
@@ -340,6 +344,7 @@ ANSWER_ERRORS: Mapping[str, type[ServerError]] = {
     error.code: error
     for error in (
         ServerError,
+        InvalidSchema,
         RequestTimeout,
         Unavailable,
         WorkerRestarting,

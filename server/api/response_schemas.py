@@ -166,7 +166,7 @@ FORMS: Final[Mapping[str, Schema]] = {
     "JsonSchemaTextFormat": _closed(
         {"type": one_of("json_schema"), **JSON_SCHEMA_FIELDS}, "type", "name", "schema"
     ),
-    "ResponseText": _closed(
+    "TextOptions": _closed(
         {
             "format": {
                 "anyOf": [reference("PlainTextFormat"), reference("JsonSchemaTextFormat"), NULL]
@@ -183,7 +183,7 @@ BY_HAND: Final[Mapping[str, Schema]] = {
             list_of(reference("InputItem"), minItems=1, maxItems=MAX_ITEMS),
         ]
     },
-    "text": or_null(reference("ResponseText")),
+    "text": or_null(reference("TextOptions")),
     "include": or_null(list_of(one_of(LOGPROBS), maxItems=MAX_INCLUDED)),
     "reasoning": or_null(
         {

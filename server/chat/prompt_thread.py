@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias, TypeVar
 
 from server.errors import RateLimited, Unavailable
-from server.media.line import Line
+from server.line import Line
 
 _T = TypeVar("_T")
 _Turn: TypeAlias = asyncio.Future[None]

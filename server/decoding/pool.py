@@ -33,10 +33,10 @@ from server.errors import (
     Unavailable,
     UnsupportedMediaType,
 )
+from server.line import Line
 from server.media.file import MediaFile
 from server.media.kinds import MAX_LISTED_FRAMES
 from server.media.limits import DecodeLimits
-from server.media.line import Line
 from server.vision.frames import video_layout
 from server.vision.tiles import image_layout, max_tiles, vision_input
 

@@ -177,6 +177,7 @@ class EngineClient:
         self._requests = Admissions(
             max_waiting=engine.max_requests_waiting, max_per_tenant=max_requests_per_tenant
         )
+        self._building_ids: frozenset[str] = frozenset()
         self._stats = EngineStats()
         self._totals_of_the_gone = self._stats.totals
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -268,6 +269,9 @@ class EngineClient:
                 self._process.send(admitted.frames)
         self._send_next_suspect()
 
+    def on_building(self, request_ids: Sequence[str]) -> None:
+        self._building_ids = frozenset(request_ids)
+
     def on_joined(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
             admitted = self._requests.get(request_id)
@@ -296,15 +300,20 @@ class EngineClient:
     def on_lost(self, *, is_final: bool) -> None:
         self._totals_of_the_gone = self._stats.totals
         self._stats = EngineStats(totals=self._totals_of_the_gone)
-        # A process may end before its word of who joined has left it. Where nobody is known to
-        # have been computed, it may have been anyone who was sent.
-        is_known = any(not admitted.is_waiting for admitted in self._requests)
+        # A process may end before its word of who joined has left it. Where nothing is known to
+        # have been done for anybody, it may have been anyone who was sent.
+        at_work = {
+            admitted.request.request_id
+            for admitted in self._requests
+            if not admitted.is_waiting or admitted.request.request_id in self._building_ids
+        }
+        self._building_ids = frozenset()
         for admitted in self._requests:
             if is_final or not admitted.frames:
                 self._end(admitted, "worker_restarting")
                 continue
-            is_met = not (admitted.is_waiting if is_known else admitted.is_held_back)
-            if is_met:
+            is_at_work = admitted.request.request_id in at_work
+            if is_at_work if at_work else not admitted.is_held_back:
                 self._requests.meet_crash(admitted)
             admitted.is_held_back = admitted.num_crashes > 0
             if admitted.num_crashes >= MAX_CRASHES_MET:

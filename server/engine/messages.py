@@ -73,6 +73,12 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     facts: EngineFacts
 
 
+class Building(msgspec.Struct, frozen=True, tag=True):
+    """The matchers of these requests are being built from now on, or may be, and of no others."""
+
+    request_ids: tuple[str, ...]
+
+
 class Joined(msgspec.Struct, frozen=True, tag=True):
     """These requests are in the running set from the step that now begins."""
 
@@ -89,7 +95,7 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
     stats: EngineStats | None = None
 
 
-FromEngine: TypeAlias = Loading | LoadFailed | Ready | Joined | Progress
+FromEngine: TypeAlias = Loading | LoadFailed | Ready | Building | Joined | Progress
 
 _ENCODER = msgspec.msgpack.Encoder()
 _TO_ENGINE = msgspec.msgpack.Decoder(ToEngine)

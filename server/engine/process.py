@@ -25,6 +25,7 @@ from server.config import environment_with
 from server.core import TokenEvent
 from server.engine.facts import EngineFacts, EngineStats, EngineStatus
 from server.engine.messages import (
+    Building,
     Joined,
     LoadFailed,
     Loading,
@@ -75,6 +76,9 @@ class Listener(Protocol):
     def on_loading(self, num_bytes: int, total_bytes: int) -> None: ...
 
     def on_ready(self, facts: EngineFacts) -> None: ...
+
+    def on_building(self, request_ids: Sequence[str]) -> None:
+        """Of these, and no others, matchers are being built from now on."""
 
     def on_joined(self, request_ids: Sequence[str]) -> None: ...
 
@@ -245,6 +249,8 @@ class EngineProcess:
                     if not is_ready.done():
                         is_ready.set_result(None)
                     self._listener.on_ready(message.facts)
+                case Building():
+                    self._listener.on_building(message.request_ids)
                 case Joined():
                     self._listener.on_joined(message.request_ids)
                 case Progress():

@@ -191,8 +191,12 @@ class Runner:
         counts = [sequence.request.sampling.num_logprobs for sequence in sequences]
         asked = [row for row, count in enumerate(counts) if count is not None]
         raw = logits[asked] if asked else None  # a copy of theirs: sampling overwrites all
-        ids = sample(logits, [_sampling_row(sequence) for sequence in sequences])
-        outputs = [SpanOutput(i, "internal_error" if i is None else None) for i in ids]
+        sampling_rows = [_sampling_row(sequence) for sequence in sequences]
+        ids = sample(logits, sampling_rows)
+        outputs = [
+            SpanOutput(token_id, _why_none(row) if token_id is None else None)
+            for token_id, row in zip(ids, sampling_rows, strict=True)
+        ]
         if raw is not None:
             chosen = [ids[row] or 0 for row in asked]
             told = token_logprobs(raw, chosen, [counts[row] or 0 for row in asked])
@@ -311,6 +315,15 @@ def _num_asked(span: Span) -> int:
 
 def _span_ids(span: Span) -> list[int]:
     return span.sequence.token_ids[span.start : span.stop]
+
+
+def _why_none(row: SamplingRow) -> str:
+    """The code of a row that nothing could be drawn from: its form's, or of something unforeseen.
+
+    A form may turn out too complex in the middle of an answer. No second try would help.
+    """
+    is_closed = row.mask is not None and not row.mask.any()
+    return "invalid_json_schema" if is_closed else "internal_error"
 
 
 def _sampling_row(sequence: Sequence) -> SamplingRow:

@@ -14,18 +14,33 @@ from typing import Protocol
 
 from server.core import GenerationRequest, Tiles, TokenEvent, VisionSpec
 from server.engine.facts import EngineFacts
-from server.engine.messages import Abort, FromEngine, Joined, Progress, Stop, Submit, ToEngine
+from server.engine.messages import (
+    Abort,
+    Building,
+    FromEngine,
+    Joined,
+    Progress,
+    Stop,
+    Submit,
+    ToEngine,
+)
 from server.engine.meter import Meter
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Batch, DeviceError, Sequence, SpanOutput, TokenMask
 from server.engine.validation import check_request
 from server.errors import ServerError
+from server.line import Line
 
 HEARTBEAT_S = 1.0
 """How often an idle worker says that it lives."""
 
 MASK_POLL_S = 0.005
 """How often a worker that is otherwise idle looks whether a mask has been made."""
+
+MAX_BUILDING = 4
+"""Requests whose masks may be made next, in the order they were taken: so many are under suspicion
+when the process dies over one, and so many at most come before another tenant's. More than one,
+because steps may be long and the next is only taken between two."""
 
 _log = logging.getLogger(__name__)
 
@@ -44,18 +59,24 @@ class StepRunner(Protocol):
 
 
 class Masks(Protocol):
+    def known(self, request: GenerationRequest) -> list[TokenMask] | None:
+        """One for each choice of a request whose grammar was started before, made at once."""
+
     def begin(self, request: GenerationRequest) -> Future[list[TokenMask]]:
         """One for each choice of a request with a grammar, made while steps go on."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Building:
-    """A request that waits for its masks, and those of its choices that are still wanted."""
+    """A request that waits for its masks, and those of its choices that are still wanted.
+
+    `masks` come once it has had its turn.
+    """
 
     request: GenerationRequest
     tiles: list[Tiles]
-    masks: Future[list[TokenMask]]
     choices: list[int]
+    masks: Future[list[TokenMask]] | None = None
 
 
 class Worker:
@@ -77,7 +98,9 @@ class Worker:
         self._meter = meter
         self._runner = runner
         self._masks = masks
-        self._building: dict[str, _Building] = {}
+        self._building: dict[str, _Building] = {}  # those in line among them
+        self._line: Line[_Building] = Line()
+        self._told_building: tuple[str, ...] = ()
         self._facts = facts
         self._vision = vision
         self._stopping = False
@@ -87,6 +110,7 @@ class Worker:
         while not self._stopping:
             self._drain_inbox(block=self._scheduler.idle)
             self._add_built()
+            self._build_next()
             if batch := self._scheduler.schedule():
                 self._announce(batch)
                 self._step(batch)
@@ -123,18 +147,19 @@ class Worker:
         except ServerError as error:
             self._emit([TokenEvent(request.request_id, None, "error", error.code)])
             return
-        choices = list(range(request.num_choices))
-        if request.grammar is not None:
-            masks = self._masks.begin(request)
-            self._building[request.request_id] = _Building(request, tiles, masks, choices)
-            return
-        for choice in choices:
-            self._scheduler.add(Sequence.from_request(request, tiles, choice=choice))
+        waiting = _Building(request, tiles, list(range(request.num_choices)))
+        if request.grammar is None:
+            self._add_to_scheduler(waiting, [None] * request.num_choices)
+        elif (masks := self._masks.known(request)) is not None:
+            self._add_to_scheduler(waiting, masks)
+        else:
+            self._building[request.request_id] = waiting
+            self._line.add(waiting, tenant=request.tenant)
 
     def _add_built(self) -> None:
         """To the scheduler with those whose masks are made, whoever came meanwhile."""
         for request_id, waiting in list(self._building.items()):
-            if not waiting.masks.done():
+            if waiting.masks is None or not waiting.masks.done():
                 continue
             del self._building[request_id]
             try:
@@ -143,11 +168,37 @@ class Worker:
                 _log.exception("The masks of a request could not be made.")
                 self._emit([TokenEvent(request_id, None, "error", "internal_error")])
                 continue
-            for choice in waiting.choices:
-                sequence = Sequence.from_request(
-                    waiting.request, waiting.tiles, choice=choice, constraint=masks[choice]
-                )
-                self._scheduler.add(sequence)
+            self._add_to_scheduler(waiting, masks)
+
+    def _build_next(self) -> None:
+        """Gives those in line their turn. Said before it begins, so that a crash has its suspects.
+
+        What has become known since they came needs no turn.
+        """
+        turns: list[_Building] = []
+        begun = [each for each in self._building.values() if each.masks is not None]
+        while len(begun) + len(turns) < MAX_BUILDING and (waiting := self._line.take()) is not None:
+            masks = self._masks.known(waiting.request)
+            if masks is None:
+                turns.append(waiting)
+            else:
+                del self._building[waiting.request.request_id]
+                self._add_to_scheduler(waiting, masks)
+        names = tuple(each.request.request_id for each in [*begun, *turns])
+        if names != self._told_building:
+            self._told_building = names
+            self._channel.send(Building(names))
+        for waiting in turns:
+            waiting.masks = self._masks.begin(waiting.request)
+
+    def _add_to_scheduler(
+        self, waiting: _Building, masks: AbstractSequence[TokenMask | None]
+    ) -> None:
+        for choice in waiting.choices:
+            sequence = Sequence.from_request(
+                waiting.request, waiting.tiles, choice=choice, constraint=masks[choice]
+            )
+            self._scheduler.add(sequence)
 
     def _abort(self, message: Abort) -> None:
         waiting = self._building.get(message.request_id)
@@ -157,7 +208,9 @@ class Worker:
         gone = [c for c in waiting.choices if message.choice in (None, c)]
         waiting.choices = [c for c in waiting.choices if c not in gone]
         if not waiting.choices:
-            waiting.masks.cancel()
+            if waiting.masks is not None:
+                waiting.masks.cancel()
+            self._line.remove(waiting, tenant=waiting.request.tenant)
             del self._building[message.request_id]
         self._emit([TokenEvent(message.request_id, None, "abort", choice=c) for c in gone])
 

@@ -14,10 +14,19 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from server.errors import CheckpointError
 
-# Half of the library's own fuel for a step, some 10 ms, because all running answers wait for it;
-# and a fifth of its states, some 60 MB, because every matcher may come to have them. Its longer
-# error texts would carry the grammar.
-_LIMITS = LLParserLimits(step_lexer_fuel=100_000, max_lexer_states=50_000, verbose_errors=False)
+# A third of the library's own fuel for a step, some 10 ms, because all running answers may come to
+# wait for it; and a fifth of its states, some 60 MB, because every matcher may come to have them.
+# An object takes four items of a row for each member that may be missing: a thousand have to fit.
+# The library's longer error texts would carry the grammar.
+_LIMITS = LLParserLimits(
+    step_lexer_fuel=70_000,
+    max_lexer_states=50_000,
+    max_items_in_row=5_000,
+    verbose_errors=False,
+)
+
+_BYTES_OF_ANY_MATCHER = 768 * 1024
+_BYTES_PER_CHARACTER = 512
 
 
 class GrammarError(Exception):
@@ -42,6 +51,15 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError("tokenizer.json cannot be used for structured output") from error
     return Vocabulary(tokenizer, added_ids)
+
+
+def matcher_bytes(grammar: str) -> int:
+    """More memory than a matcher of it holds that has seen nothing yet.
+
+    Most have 60 KB and 150 bytes for each character, over a vocabulary of 110,000. A proof holds
+    each against this, because Unicode's classes, for one, take thousands of bytes for a character.
+    """
+    return _BYTES_OF_ANY_MATCHER + _BYTES_PER_CHARACTER * len(grammar)
 
 
 def start_matcher(vocabulary: Vocabulary, grammar: str) -> LLMatcher:

@@ -12,11 +12,13 @@ import hashlib
 import json
 import math
 import sys
-from collections import Counter, OrderedDict
+from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from server.errors import InvalidSchema, RateLimited, ServerError, Unavailable, quoted
+from server.errors import InvalidSchema, ServerError, ShuttingDown, quoted
+from server.turns import Turns
 
 ENTRY_MODULE: Final = "server.grammar.prover_main"
 TIMEOUT_S: Final = 5.0
@@ -28,7 +30,10 @@ MAX_VERDICTS: Final = 256
 """Each is a digest and a message of ours: together some 100 KB."""
 
 MAX_WAITING: Final = 32
-"""So many times the timeout is the longest wait for a turn."""
+MAX_WAIT_S: Final = 60.0
+
+RESTART_S: Final = 1.0
+"""So long a proof may take that nobody waits for any more: another process takes about that."""
 
 _MESSAGES: Final = {
     "keyword": "It uses {detail}, which is not supported.",
@@ -45,10 +50,22 @@ class _Lost(Exception):
     """The process has ended, or does not do as agreed."""
 
 
+@dataclass(slots=True, eq=False)
+class _Trial:
+    """A grammar on its way through the process, which is asked at `asked_s` by the loop's clock."""
+
+    grammar: str
+    key: bytes
+    has_turn: bool = False
+    asked_s: float | None = None
+    is_left: bool = False
+
+
 class Prover:
     """One process at a time, started when it is first needed and again after it was lost.
 
-    Grammars take turns. What was found of the last ones is kept.
+    Tenants take turns, and where the line is full, whoever holds most of it makes room. What was
+    found of the last grammars is kept.
     """
 
     def __init__(
@@ -59,70 +76,96 @@ class Prover:
         self._timeout_s = timeout_s
         self._entry_module = entry_module
         self._process: asyncio.subprocess.Process | None = None
-        self._turn = asyncio.Lock()
-        self._waiting: Counter[str] = Counter()
+        self._turns = Turns(
+            max_running=1, max_per_place=1, max_waiting=MAX_WAITING, shortage="grammars"
+        )
+        self._tasks: set[asyncio.Task[str]] = set()
         self._verdicts: OrderedDict[bytes, str] = OrderedDict()
 
     async def prove(self, grammar: str, *, param: str, tenant: str = "") -> None:
         """Returns if an answer can be made by it, else raises InvalidSchema.
 
-        Unavailable where too many wait, RateLimited where half of them are this tenant's.
+        Unavailable where too many wait, or for too long; RateLimited for one that must make room
+        for another tenant's.
         """
-        digest = hashlib.sha256(grammar.encode()).digest()
-        message = self._verdicts.get(digest)
+        # Of each tenant by itself, so that nobody learns by the clock what another has asked for.
+        key = hashlib.sha256(f"{tenant}\0{grammar}".encode()).digest()
+        message = self._verdicts.get(key)
         if message is None:
-            message = await self._in_turn(digest, grammar, tenant)
+            message = await self._try_in_turn(_Trial(grammar, key), tenant)
         else:
-            self._verdicts.move_to_end(digest)
+            self._verdicts.move_to_end(key)
         if message:
             raise InvalidSchema(f"{param} cannot be used. {message}", param=param)
 
-    async def _in_turn(self, digest: bytes, grammar: str, tenant: str) -> str:
-        if self._waiting.total() >= MAX_WAITING:
-            raise Unavailable(shortage="grammars")
-        # Without keys everybody is one tenant, who may fill the line.
-        if tenant and self._waiting[tenant] >= MAX_WAITING // 2:
-            raise RateLimited("Too many forms of this client are being checked.")
-        self._waiting[tenant] += 1
-        try:
-            async with self._turn:
-                known = self._verdicts.get(digest)
-                if known is not None:
-                    return known
-                message, is_final = await self._try(grammar)
-                if is_final:
-                    self._keep(digest, message)
-                return message
-        finally:
-            self._waiting[tenant] -= 1
-            if not self._waiting[tenant]:
-                del self._waiting[tenant]
-
     async def stop(self) -> None:
         """Ends the process. Nothing may be proved any more."""
-        async with self._turn:
-            await self._kill()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._kill()
 
-    def _keep(self, digest: bytes, message: str) -> None:
-        self._verdicts[digest] = message
+    async def _try_in_turn(self, trial: _Trial, tenant: str) -> str:
+        """In a task of its own, which a caller who leaves does not take with him at once."""
+        task = asyncio.create_task(self._await_turn(trial, tenant))
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            self._leave(trial, task)
+            raise
+        if task.cancelled():
+            raise ShuttingDown
+        return task.result()
+
+    def _forget(self, task: asyncio.Task[str]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # nobody else may be there to look at it
+
+    def _leave(self, trial: _Trial, task: asyncio.Task[str]) -> None:
+        """Ends what nobody waits for any more; but its process only where that is worth it."""
+        trial.is_left = True
+        if not trial.has_turn:
+            task.cancel()
+        elif trial.asked_s is not None:
+            asyncio.get_running_loop().call_at(trial.asked_s + RESTART_S, task.cancel)
+
+    async def _await_turn(self, trial: _Trial, tenant: str) -> str:
+        async with self._turns.turn("", tenant=tenant, max_wait_s=MAX_WAIT_S):
+            known = self._verdicts.get(trial.key)
+            if known is not None:
+                return known
+            trial.has_turn = True
+            message, is_final = await self._try(trial)
+            if is_final:
+                self._keep(trial.key, message)
+            return message
+
+    def _keep(self, key: bytes, message: str) -> None:
+        self._verdicts[key] = message
         if len(self._verdicts) > MAX_VERDICTS:
             self._verdicts.popitem(last=False)
 
-    async def _try(self, grammar: str) -> tuple[str, bool]:
+    async def _try(self, trial: _Trial) -> tuple[str, bool]:
         """What is wrong with it, or nothing; and whether that will be so another time.
 
         A process may have been lost before, through nobody's fault here: so a second one is asked.
         """
         for _ in range(2):
             process = await self._started()
+            if trial.is_left:
+                return "", False
+            trial.asked_s = asyncio.get_running_loop().time()
             try:
-                verdict, detail = await self._ask(process, grammar)
+                verdict, detail = await self._ask(process, trial.grammar)
             except TimeoutError:
                 await self._kill()
                 break
             except _Lost:
                 await self._kill()
-            except BaseException:  # whoever waited has left: the next must not read this answer
+            except BaseException:  # it was given up: the next must not read this answer
                 await self._kill()
                 raise
             else:

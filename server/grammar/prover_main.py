@@ -6,6 +6,7 @@ vocabulary. Whoever started it kills it when it takes too long; if that one is g
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import resource
@@ -18,7 +19,13 @@ from typing import Final, TextIO
 import numpy as np
 from llguidance import LLMatcher
 
-from server.grammar.matcher import GrammarError, Vocabulary, read_vocabulary, start_matcher
+from server.grammar.matcher import (
+    GrammarError,
+    Vocabulary,
+    matcher_bytes,
+    read_vocabulary,
+    start_matcher,
+)
 
 MAX_DETAIL_CHARS: Final = 64
 
@@ -33,7 +40,10 @@ _VERDICTS: Final[tuple[tuple[re.Pattern[str], str], ...]] = (
     (re.compile(r"Resource '|Pointer '"), "reference"),
     (re.compile(r"look-around"), "look-around"),
     (re.compile(r"[Uu]nsatisfiable|nothing may come|NoExtension"), "unsatisfiable"),
-    (re.compile(r"too large|too complex|too many|[Uu]nable to determine|limit|fuel"), "complex"),
+    (
+        re.compile(r"too large|too complex|too many|[Uu]nable to determine|limit|fuel|; max is"),
+        "complex",
+    ),
 )
 """What the library says of a grammar -> our word for it. A group is a word of the client's."""
 
@@ -54,12 +64,15 @@ def _tried(vocabulary: Vocabulary, grammar: str) -> tuple[str, str]:
     """(verdict, detail); both are empty where an answer can be made by the grammar.
 
     The engine will do the same: a grammar that takes it too long to start, or to go on by, is too
-    complex, because other answers wait for that.
+    complex, because other answers wait for that; and so is one that takes more memory than the
+    engine's cache counts for it.
     """
-    started_s = time.process_time()
+    started_s, bytes_before = time.process_time(), _heap_bytes()
     try:
         matcher = start_matcher(vocabulary, grammar)
-        if time.process_time() - started_s > MAX_START_S or not _goes_on_well(matcher):
+        is_small = _heap_bytes() - bytes_before <= matcher_bytes(grammar)
+        is_soon = time.process_time() - started_s <= MAX_START_S
+        if not (is_small and is_soon and _goes_on_well(matcher)):
             return "complex", ""
     except GrammarError as error:
         for pattern, verdict in _VERDICTS:
@@ -89,6 +102,26 @@ def _goes_on_well(matcher: LLMatcher) -> bool:
         if matcher.is_stopped():
             break
     return True
+
+
+class _HeapInfo(ctypes.Structure):
+    """glibc's `struct mallinfo`; its numbers wrap at 2 GiB, which this process never has."""
+
+    _fields_ = [
+        (name, ctypes.c_int)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+def _heap_bytes() -> int:
+    """What of the heap is in use, to the byte: nothing but a matcher is made meanwhile."""
+    mallinfo = ctypes.CDLL(None).mallinfo
+    mallinfo.restype = _HeapInfo
+    info = mallinfo()
+    return int(info.uordblks + info.hblkhd)
 
 
 def _say(out: TextIO, verdict: str, detail: str = "") -> None:

@@ -36,7 +36,7 @@ from server.media.file import MediaFile, MediaFileWriter
 from server.media.freshness import StoredAnswer, confirmed, stored_answer, unpacked
 from server.media.guard import Guard, Target, refusal
 from server.media.kinds import SourceKind, max_bytes
-from server.media.turns import Turns
+from server.turns import Turns
 
 CacheOutcome = Literal["hit", "revalidated", "miss"]
 
@@ -121,8 +121,9 @@ class Fetcher:
         )
         self._turns = Turns(
             max_running=config.max_fetches,
-            max_per_host=config.max_fetches_per_host,
+            max_per_place=config.max_fetches_per_host,
             max_waiting=config.max_fetches_waiting,
+            shortage="fetches",
         )
         self._memory: MediaCache[StoredAnswer] = MediaCache(
             int(config.cache_bytes * MEMORY_SHARE), config.cache_ttl_s

@@ -156,3 +156,31 @@ def test_what_cannot_be_used_is_a_400_and_the_next_works(demo: RunningServer) ->
         assert caught.value.param == "structured_outputs.json"
     text, _ = complete(demo, extra_body={"structured_outputs": {"json": {"const": "무지개"}}})
     assert text == '"무지개"'
+
+
+MANY_WAYS = "\n".join(
+    [
+        "start: /[ab]{90}/ many",
+        "many: " + " | ".join(f'x{number}? "y"' for number in range(2000)),
+        *[f'x{number}: "z{number}"' for number in range(2000)],
+    ]
+)
+"""Too many ways to go on, which nobody finds out before the first 90 characters have been said."""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_form_that_turns_out_too_complex_is_told_as_such(
+    demo: RunningServer, stream: bool
+) -> None:
+    with pytest.raises(openai.APIError) as caught:
+        complete(demo, stream=stream, extra_body={"structured_outputs": {"grammar": MANY_WAYS}})
+    assert caught.value.code == "invalid_json_schema"
+    assert "too complex to be followed" in caught.value.message
+    assert stream or isinstance(caught.value, openai.BadRequestError)
+
+
+def test_a_thousand_members_may_each_be_missing(demo: RunningServer) -> None:
+    properties = {f"p{number}": {"type": "boolean"} for number in range(1000)}
+    schema = {"type": "object", "properties": properties, "additionalProperties": False}
+    text, reason = complete(demo, extra_body={"structured_outputs": {"json": schema}})
+    assert reason == "length" or json.loads(text).keys() <= properties.keys()

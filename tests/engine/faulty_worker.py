@@ -1,4 +1,7 @@
-"""An engine process with faults: what a prompt begins with decides what happens in its steps."""
+"""An engine process with faults: what a prompt begins with decides what happens in its steps.
+
+And some grammars decide what happens where their matchers are started.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,18 @@ import sys
 import time
 from collections.abc import Callable
 
+from llguidance import LLMatcher
+
+from server.engine import masks
 from server.engine.runner import Runner
 from server.engine.sequence import Batch, SpanOutput
 from server.engine.worker_main import serve
+from server.grammar.matcher import Vocabulary, start_matcher
 
 # Those of HANG and KILL_AFTER_FIRST_TOKEN come in the second step, the others in each.
 SLOW, HANG, RAISE, KILL, KILL_AFTER_FIRST_TOKEN = range(240, 245)
+
+KILLING_GRAMMAR, SLOW_GRAMMAR = "kill", "slow"
 
 MODULE = "tests.engine.faulty_worker"
 
@@ -45,5 +54,15 @@ class FaultyRunner:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def start_faultily(vocabulary: Vocabulary, grammar: str) -> LLMatcher:
+    if grammar == KILLING_GRAMMAR:
+        time.sleep(0.2)  # the word of it must have left
+        os.kill(os.getpid(), signal.SIGKILL)
+    if grammar == SLOW_GRAMMAR:
+        time.sleep(3600)
+    return start_matcher(vocabulary, grammar)
+
+
 if __name__ == "__main__":
+    masks.start_matcher = start_faultily
     sys.exit(serve(sys.argv[1], wrap=FaultyRunner))

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from llguidance import LLMatcher
 
 from server.attention.backend import choose_backend
 from server.chat.grammar import parse_constraint
 from server.core import GenerationRequest, SamplingParams, TokenEvent
 from server.engine.blocks import BlockPool
 from server.engine.encodings import EncoderCache
-from server.engine.masks import MaskBuilder
+from server.engine.masks import GrammarMask, MaskBuilder
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence, StepBudget, TokenMask
@@ -71,7 +74,8 @@ class Ask:
     def __init__(
         self, make_runner: Callable[[], Runner], builder: MaskBuilder, vocabulary: Vocabulary
     ) -> None:
-        self.num_preemptions = 0  # the last time
+        self.num_preemptions = 0  # the last time, as are those
+        self.error_codes: dict[str, str] = {}
         self._make_runner = make_runner
         self._builder = builder
         self._vocabulary = vocabulary
@@ -95,6 +99,7 @@ class Ask:
         while batch := scheduler.schedule():
             events += scheduler.commit(batch, runner.run(batch))
         scheduler.check()
+        self.error_codes = {e.request_id: e.error_code for e in events if e.error_code is not None}
         self.num_preemptions = scheduler.counts.num_preemptions
         return {request.request_id: self._answer(request, events) for request in requests}
 
@@ -353,3 +358,73 @@ def test_a_grammar_that_is_none_fails_and_what_waits_can_be_dropped(
     builder.close()
     with pytest.raises((CancelledError, GrammarError)):
         waiting[-1].result(10)
+
+
+def test_a_grammar_is_started_once_for_each_tenant(builder: MaskBuilder) -> None:
+    """And what is known goes its own way from the beginning."""
+    request = replace(request_of("r", {"choice": ["ef", "gh"]}, (256,)), num_choices=2)
+    assert builder.known(request) is None
+    [made, _] = builder.begin(request).result(10)
+    beginning = allowed_ids(made, 272)
+    made.accept(min(beginning))
+    known = builder.known(request)
+    assert known is not None and len(known) == 2
+    assert [allowed_ids(each, 272) for each in known] == [beginning, beginning]
+    known[0].accept(max(beginning))
+    assert allowed_ids(known[0], 272) != allowed_ids(made, 272) != beginning
+    assert builder.known(replace(request, tenant="another")) is None
+
+
+class SlowMatcher:
+    """Allows every id, but says so only when it `may` go on."""
+
+    def __init__(self) -> None:
+        self.may = threading.Event()
+        self.consumed: list[int] = []
+
+    def is_error(self) -> bool:
+        return False
+
+    def is_accepting(self) -> bool:
+        return False
+
+    def consume_token(self, token_id: int) -> None:
+        self.consumed.append(token_id)
+
+    def compute_bitmask(self) -> bytes:
+        assert self.may.wait(10)
+        return b"\xff" * 4
+
+
+def test_nobody_waits_for_the_next_mask_until_it_is_asked_for() -> None:
+    matcher = SlowMatcher()
+    words = np.array([-1], np.int32)
+    with ThreadPoolExecutor(1) as threads:
+        mask = GrammarMask(
+            cast(LLMatcher, matcher), texts=words, ends=np.zeros_like(words), threads=threads
+        )
+        matcher.may.set()
+        assert mask.allowed().tolist() == [-1]
+        matcher.may.clear()
+        mask.accept(7)
+        opening = threading.Timer(0.1, matcher.may.set)
+        opening.start()
+        assert not matcher.may.is_set()
+        assert mask.allowed().tolist() == [-1] and matcher.may.is_set()
+    assert matcher.consumed == [7]
+
+
+def test_a_form_that_turns_out_too_complex_ends_its_answer_and_no_other(
+    ask: Ask, ends: tuple[int, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is no fault of ours, and no second try would help."""
+    many = " | ".join(f'x{number}? "y"' for number in range(2000))
+    rules = "\n".join(f'x{number}: "z{number}"' for number in range(2000))
+    hard = request_of("hard", {"grammar": f'start: "qqq" many\nmany: {many}\n{rules}'}, ends)
+    easy = request_of("easy", {"regex": "[a-z]{40}"}, ends)
+    answers = ask(hard, easy)
+    assert answers["easy"][1] == "stop"
+    text, reason = answers["hard"]
+    assert text.startswith(b"q") and reason == "error"
+    assert ask.error_codes == {"hard": "invalid_json_schema"}
+    assert not [each for each in caplog.records if each.levelno >= logging.WARNING]

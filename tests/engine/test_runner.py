@@ -415,7 +415,7 @@ def test_a_mask_binds_its_own_sequence_alone(
     assert {event.token_id for event in bound} <= {9, 100} and len(bound) == 8
     best = [event.logprobs.top[0][0] for event in bound if event.logprobs is not None]
     assert best[0] == free[requests[0].request_id][0] not in (9, 100)
-    assert [(e.token_id, e.error_code) for e in nothing] == [(None, "internal_error")]
+    assert [(e.token_id, e.error_code) for e in nothing] == [(None, "invalid_json_schema")]
     assert [event.token_id for event in anything] == free[requests[2].request_id]
     assert [event.token_id for event in unmasked] == free[requests[3].request_id]
 

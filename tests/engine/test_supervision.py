@@ -12,17 +12,34 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from llguidance import LLMatcher
 
 from server.config import EngineConfig, ModelConfig
-from server.core import TokenEvent
+from server.core import GenerationRequest, TokenEvent
 from server.engine.client import EngineClient, TokenStream
 from server.engine.process import RestartPolicy
-from server.errors import CheckpointError, ConfigError, ModelLoading, ShuttingDown, WorkerRestarting
+from server.errors import (
+    CheckpointError,
+    ConfigError,
+    ModelLoading,
+    ShuttingDown,
+    Unavailable,
+    WorkerRestarting,
+)
 from server.telemetry.metrics import Metrics
-from tests.engine.faulty_worker import HANG, KILL, KILL_AFTER_FIRST_TOKEN, MODULE, SLOW
+from tests.engine.faulty_worker import (
+    HANG,
+    KILL,
+    KILL_AFTER_FIRST_TOKEN,
+    KILLING_GRAMMAR,
+    MODULE,
+    SLOW,
+    SLOW_GRAMMAR,
+)
 from tests.engine.samples import make_request
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,6 +155,50 @@ async def test_what_meets_two_crashes_ends_and_its_neighbours_are_answered(
         ends = {name: await collect(stream) for name, stream in streams.items()}
     assert ends.pop("deadly") == [TokenEvent("deadly", None, "error", "internal_error")]
     assert [len(events) for events in ends.values()] == [2, 2, 2]
+
+
+def bound(name: str, grammar: str) -> GenerationRequest:
+    return replace(make_request(name, max_tokens=2, stop=(256,)), grammar=grammar)
+
+
+async def test_a_grammar_that_kills_the_process_is_found_and_those_that_wait_are_answered(
+    tiny_checkpoint: Path,
+) -> None:
+    """It has never run, while another did: but its matcher was being built."""
+    good = LLMatcher.grammar_from_regex("[ab]{9}")
+    async with started(make_client(tiny_checkpoint)) as client:
+        running = await client.submit(make_request("0", prompt=(SLOW,), max_tokens=400), [])
+        await anext(running)
+        requests = [
+            bound("before", good),
+            bound("deadly", KILLING_GRAMMAR),
+            bound("after", good + " "),
+        ]
+        streams = {each.request_id: await client.submit(each, []) for each in requests}
+        ends = {name: await collect(stream) for name, stream in streams.items()}
+        assert client.num_restarts == 2
+        assert (await collect(running))[-1].error_code == "worker_restarting"
+    assert ends.pop("deadly") == [TokenEvent("deadly", None, "error", "internal_error")]
+    assert [[event.finish_reason for event in events] for events in ends.values()] == [
+        [None, "length"],
+        [None, "length"],
+    ]
+
+
+async def test_what_waits_for_its_matcher_waits_in_the_queue_and_fills_it(
+    tiny_checkpoint: Path,
+) -> None:
+    client = make_client(tiny_checkpoint, max_requests_waiting=3, shutdown_timeout_s=0.2)
+    async with started(client):
+        waiting = [await client.submit(bound(name, SLOW_GRAMMAR), []) for name in "abc"]
+        with pytest.raises(Unavailable):
+            await client.submit(bound("d", SLOW_GRAMMAR), [])
+        await asyncio.sleep(0.3)
+        assert client.queue.num_waiting == 3
+        with pytest.raises(Unavailable):
+            await client.submit(bound("d", SLOW_GRAMMAR), [])
+        for stream in waiting:
+            stream.close()
 
 
 async def test_a_client_that_leaves_during_a_restart_holds_nobody_back(

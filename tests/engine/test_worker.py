@@ -16,6 +16,7 @@ from server.engine.encodings import EncoderCache
 from server.engine.facts import EngineStats, EngineTotals
 from server.engine.messages import (
     Abort,
+    Building,
     FromEngine,
     Joined,
     Progress,
@@ -26,7 +27,7 @@ from server.engine.messages import (
 from server.engine.meter import Meter
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Batch, DeviceError, SpanOutput, StepBudget, TokenMask
-from server.engine.worker import MASK_POLL_S, Worker
+from server.engine.worker import MASK_POLL_S, MAX_BUILDING, Worker
 from tests.engine.samples import FACTS, PICTURE, SPEC, make_request, make_tiles
 
 
@@ -76,10 +77,17 @@ class ScriptedRunner:
 
 
 class MasksByHand:
-    """Masks that allow all, made when a test says so; `begun` are the futures by request."""
+    """Masks that allow all, made when a test says so; `begun` are the futures by request.
+
+    `ready` are masks by grammar that need not be made.
+    """
 
     def __init__(self) -> None:
         self.begun: dict[str, Future[list[TokenMask]]] = {}
+        self.ready: dict[str | None, list[TokenMask]] = {}
+
+    def known(self, request: GenerationRequest) -> list[TokenMask] | None:
+        return self.ready.get(request.grammar)
 
     def begin(self, request: GenerationRequest) -> Future[list[TokenMask]]:
         return self.begun.setdefault(request.request_id, Future())
@@ -404,3 +412,84 @@ def test_masks_that_cannot_be_made_end_their_request_alone(
         TokenEvent("b", 7, "length"),
         TokenEvent("a", None, "error", "internal_error"),
     ]
+
+
+def submit_of(tenant: str, name: str, *, grammar: str = "a grammar") -> Submit:
+    request = replace(submit_bound(name, max_tokens=1).request, tenant=tenant, grammar=grammar)
+    return Submit(request, ())
+
+
+def told(channel: ScriptedChannel) -> list[tuple[str, ...]]:
+    return [message.request_ids for message in channel.sent if isinstance(message, Building)]
+
+
+def test_tenants_take_turns_where_matchers_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many at once, and it is said whose before they are begun."""
+    masks = MasksByHand()
+    many = [f"many {number}" for number in range(MAX_BUILDING + 3)]
+
+    def finish(*names: str) -> None:
+        for name in names:
+            masks.begun[name].set_result([Anything()])
+
+    when_asked(
+        monkeypatch,
+        {
+            2: lambda: finish(*many[:2]),
+            4: lambda: finish(*many[2:MAX_BUILDING], "few"),
+            6: lambda: finish(*many[MAX_BUILDING:]),
+        },
+    )
+    channel, scheduler = run(
+        [
+            [submit_of("many", name) for name in many],
+            [submit_of("few", "few")],
+            *[[] for _ in range(9)],
+        ],
+        masks=masks,
+    )
+    first, next_of_many, last = many[:MAX_BUILDING], many[MAX_BUILDING], many[MAX_BUILDING + 1 :]
+    assert told(channel) == [
+        tuple(first),
+        (*first[2:], next_of_many, "few"),
+        (next_of_many, *last),
+        (),
+    ]
+    assert len(channel.events) == len(many) + 1 and scheduler.idle
+
+
+def test_what_is_known_needs_no_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it was when it came, or has become so meanwhile."""
+    masks = MasksByHand()
+    masks.ready["old"] = [Anything()]
+    names = [f"r{number}" for number in range(MAX_BUILDING + 1)]
+
+    def finish() -> None:
+        masks.ready["a grammar"] = [Anything()]
+        masks.begun["r0"].set_result([Anything()])
+
+    when_asked(monkeypatch, {2: finish})
+    channel, _ = run(
+        [
+            [*[submit_of("t", name) for name in names], submit_of("t", "known", grammar="old")],
+            *[[] for _ in range(6)],
+        ],
+        masks=masks,
+    )
+    assert [event.request_id for event in channel.events] == ["known", "r0", names[-1]]
+    assert told(channel) == [tuple(names[:-1]), tuple(names[1:-1])]
+
+
+def test_who_is_aborted_in_line_is_never_built() -> None:
+    masks = MasksByHand()
+    names = [f"r{number}" for number in range(MAX_BUILDING + 1)]
+    script: list[list[ToEngine]] = [
+        [submit_of("t", name) for name in names],
+        [Abort(names[-1])],
+        [Abort(names[0])],
+        [],
+    ]
+    channel, _ = run(script, masks=masks)
+    assert set(masks.begun) == set(names[:-1])
+    assert [event.request_id for event in channel.events] == [names[-1], names[0]]
+    assert told(channel)[-1] == tuple(names[1:-1])

@@ -1,6 +1,7 @@
 """A prover's process with a mind of its own: it answers each grammar as that says.
 
-`hang` for ever, `die`, `lie` in words nobody knows, `pid` itself; else the grammar is good.
+`hang` for ever, `die`, `lie` in words nobody knows, `pid` itself; else the grammar is good: what
+begins with `soon` after a moment.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ def say(verdict: str, detail: str = "") -> None:
 
 say("ready")
 for line in sys.stdin:
-    match json.loads(line):
+    grammar = json.loads(line)
+    if grammar.startswith("soon"):
+        time.sleep(0.1)
+    match grammar:
         case "hang":
             time.sleep(600)
         case "die":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from server.chat.grammar import parse_constraint
-from server.errors import InvalidSchema, Unavailable
+from server.errors import InvalidSchema, RateLimited, ShuttingDown, Unavailable
 from server.grammar.matcher import read_vocabulary
 from server.grammar.prover import MAX_WAITING, Prover
 
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 DEMO = Path(__file__).parents[2] / "server" / "demo"
 STUBBORN = "tests.grammar.stubborn_prover"
+NUMBERS = itertools.count()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -35,6 +37,10 @@ async def stubborn() -> AsyncIterator[Prover]:
     prover = Prover(DEMO, timeout_s=0.5, entry_module=STUBBORN)
     yield prover
     await prover.stop()
+
+
+MANY_WAYS = "start: " + " | ".join(f'x{i}? "y"' for i in range(2000)) + "\n"
+MANY_WAYS += "\n".join(f'x{i}: "z{i}"' for i in range(2000))
 
 
 async def message_of(prover: Prover, grammar: str) -> str:
@@ -66,6 +72,25 @@ async def test_what_can_be_matched_is_good(prover: Prover, form: str, value: obj
     await prover.prove(grammar_of(form, value), param="p")
 
 
+def object_of(number: int, *, required: bool, **schema: object) -> dict[str, object]:
+    names = [f"member_{index}" for index in range(number)]
+    return {
+        "type": "object",
+        "properties": {name: {"type": "string"} for name in names},
+        "required": names if required else [],
+        **schema,
+    }
+
+
+@pytest.mark.parametrize("required", [True, False])
+@pytest.mark.parametrize("schema", [{"additionalProperties": False}, {}])
+async def test_a_thousand_members_are_possible(
+    prover: Prover, required: bool, schema: dict[str, object]
+) -> None:
+    """As many as a schema may have, whether each must be there or none."""
+    await prover.prove(grammar_of("json", object_of(1000, required=required, **schema)), param="p")
+
+
 @pytest.mark.parametrize(
     ("form", "value", "message"),
     [
@@ -79,6 +104,8 @@ async def test_what_can_be_matched_is_good(prover: Prover, form: str, value: obj
         ("json", {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "Nothing"),
         ("regex", "(?=a)b", "It looks ahead or behind"),
         ("regex", "[", "It is not valid."),
+        ("regex", r"(\w{1,200}\d){1,100}" * 12, "It is too complex."),
+        ("grammar", MANY_WAYS, "It is too complex."),
         ("grammar", "start: thing", "It is not valid."),
         ("grammar", "start: <|im_end|>", "Nothing satisfies it."),
         ("grammar", "start: <[3]>", "Nothing satisfies it."),
@@ -120,28 +147,100 @@ async def test_what_was_found_is_kept(stubborn: Prover) -> None:
     assert await message_of(stubborn, "pid") != first
 
 
-async def test_who_leaves_takes_his_answer_with_him(stubborn: Prover) -> None:
-    waiting = asyncio.create_task(stubborn.prove("hang", param="p"))
-    await asyncio.sleep(0.2)
+async def pid_of(prover: Prover) -> int:
+    """Of the process there is now: asked by another tenant each time, for whom nothing is kept."""
+    with pytest.raises(InvalidSchema) as caught:
+        await prover.prove("pid", param="p", tenant=str(next(NUMBERS)))
+    return int(caught.value.message.split("'")[1])
+
+
+async def leave(waiting: asyncio.Task[None]) -> None:
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    await stubborn.prove("good", param="p")
+
+
+async def test_who_leaves_soon_ends_no_process_and_the_next_reads_his_own_answer(
+    stubborn: Prover,
+) -> None:
+    pid = await pid_of(stubborn)
+    leaving = asyncio.create_task(stubborn.prove("soon", param="p"))
+    waiting = asyncio.create_task(stubborn.prove("good", param="p"))
+    await asyncio.sleep(0.05)
+    await leave(leaving)
+    await waiting
+    assert await pid_of(stubborn) == pid
+    # He has been answered meanwhile: nobody is asked a second time.
+    await asyncio.wait_for(stubborn.prove("soon", param="p"), 0.1)
+
+
+async def test_who_leaves_a_proof_without_end_holds_the_process_no_longer_than_a_restart() -> None:
+    prover = Prover(DEMO, timeout_s=600, entry_module=STUBBORN)
+    pid = await pid_of(prover)
+    leaving = asyncio.create_task(prover.prove("hang", param="p"))
+    await asyncio.sleep(0.1)
+    await leave(leaving)
+    assert await asyncio.wait_for(pid_of(prover), 30) != pid
+    await prover.stop()
+
+
+async def test_who_leaves_the_line_or_a_process_that_starts_leaves_it_alone() -> None:
+    prover = Prover(DEMO, timeout_s=600, entry_module=STUBBORN)
+    starting = asyncio.create_task(prover.prove("hang", param="p"))
+    in_line = asyncio.create_task(prover.prove("hang", param="p"))
+    await asyncio.sleep(0.01)
+    await leave(starting)
+    await leave(in_line)
+    await asyncio.wait_for(prover.prove("good", param="p"), 30)
+    await prover.stop()
 
 
 async def test_so_many_wait_and_no_more() -> None:
     prover = Prover(DEMO, timeout_s=600, entry_module=STUBBORN)
     await prover.prove("known", param="p")
-    waiting = [asyncio.create_task(prover.prove("hang", param="p")) for _ in range(MAX_WAITING)]
-    await asyncio.sleep(0)
+    waiting = [asyncio.create_task(prover.prove("hang", param="p")) for _ in range(MAX_WAITING + 1)]
+    await asyncio.sleep(0.01)
     with pytest.raises(Unavailable):
         await prover.prove("another", param="p")
     await prover.prove("known", param="p")
-    for task in waiting:
-        task.cancel()
-    await asyncio.gather(*waiting, return_exceptions=True)
-    await prover.prove("another", param="p")
     await prover.stop()
+    assert {type(each) for each in await asyncio.gather(*waiting, return_exceptions=True)} == {
+        ShuttingDown
+    }
+
+
+async def test_tenants_take_turns_and_the_line_is_nobody_s_alone() -> None:
+    prover = Prover(DEMO, timeout_s=600, entry_module=STUBBORN)
+    await pid_of(prover)
+    done: list[str] = []
+
+    async def ask(tenant: str, number: int) -> None:
+        await prover.prove(f"soon {number}", param="p", tenant=tenant)
+        done.append(tenant)
+
+    many = [asyncio.create_task(ask("many", number)) for number in range(MAX_WAITING + 1)]
+    await asyncio.sleep(0.05)  # the line is full
+    few = [asyncio.create_task(ask("few", number)) for number in range(2)]
+    await asyncio.gather(*few)
+    assert done.count("many") <= 4
+    errors = [each for each in await asyncio.gather(*many, return_exceptions=True) if each]
+    assert [type(each) for each in errors] == [RateLimited, RateLimited]
+    assert done.count("many") == MAX_WAITING - 1
+    await prover.stop()
+
+
+async def test_nobody_learns_by_the_clock_what_another_tenant_has_asked(stubborn: Prover) -> None:
+    """What is told anew comes from the process there is now, what is kept from the one before."""
+
+    async def told(tenant: str) -> int:
+        with pytest.raises(InvalidSchema) as caught:
+            await stubborn.prove("pid", param="p", tenant=tenant)
+        return int(caught.value.message.split("'")[1])
+
+    first = await told("one")
+    assert "too complex" in await message_of(stubborn, "die")
+    assert await told("one") == first
+    assert await told("two") != first
 
 
 async def test_the_grammar_is_not_code_of_the_library_s_own(prover: Prover) -> None:

@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.media.line import Line
+from server.line import Line
 
 TENANTS = st.lists(st.sampled_from("abc"), max_size=30)
 
