@@ -72,6 +72,8 @@ class ServerError(Exception):
     code: str = "internal_error"
     default_message: ClassVar[str] = "The server had an internal error."
     retry_after_s: int | None = None
+    should_retry: ClassVar[bool | None] = None
+    """What `x-should-retry` says, if anything."""
 
     def __init__(self, message: str | None = None, *, param: str | None = None) -> None:
         self.message = (message or self.default_message)[:MAX_MESSAGE_CHARS]
@@ -270,6 +272,7 @@ class RateLimited(ServerError):
     status = 429
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
+    should_retry = True
     default_message = "Too many requests of this client are in progress."
 
     def __init__(
@@ -278,6 +281,14 @@ class RateLimited(ServerError):
         """`wait_s` is how long until there is room again, where that is known."""
         super().__init__(message, param=param)
         self.retry_after_s = math.ceil(wait_s)
+
+
+class PoisonRequest(ServerError):
+    """The engine process died more than once while it was computed."""
+
+    code = "poison_request"
+    default_message = "The model worker failed twice over this request: it is not tried again now."
+    should_retry = False
 
 
 class RequestTimeout(ServerError):
@@ -291,6 +302,7 @@ class StorageFull(ServerError):
 
     status = 507
     code = "storage_full"
+    should_retry = False
     default_message = "There is no room for this file."
 
 
@@ -301,6 +313,7 @@ class Unavailable(ServerError):
     type = "service_unavailable_error"
     code = "server_is_overloaded"
     default_message = "The server is overloaded; try again later."
+    should_retry = True
     retry_after_s = 1
 
     def __init__(
@@ -345,6 +358,7 @@ ANSWER_ERRORS: Mapping[str, type[ServerError]] = {
     for error in (
         ServerError,
         InvalidSchema,
+        PoisonRequest,
         RequestTimeout,
         Unavailable,
         WorkerRestarting,

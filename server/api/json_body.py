@@ -217,9 +217,8 @@ def error_response(error: ServerError, *, headers: Mapping[str, str] | None = No
     named = dict(headers or {})
     if error.status in (429, 503):
         named["retry-after"] = str(min(60, max(1, error.retry_after_s or 1)))
-        named["x-should-retry"] = "true"
-    if error.status == 507:
-        named["x-should-retry"] = "false"
+    if error.should_retry is not None:
+        named["x-should-retry"] = str(error.should_retry).lower()
     if error.status == 401:
         named["www-authenticate"] = "Bearer"
     return Response(

@@ -389,6 +389,7 @@ ERROR_HEADERS: Final[Mapping[int, tuple[str, ...]]] = {
     401: ("www-authenticate",),
     405: ("allow",),
     429: ("retry-after", "x-should-retry"),
+    500: ("x-should-retry",),
     503: ("retry-after", "x-should-retry"),
     507: ("x-should-retry",),
 }

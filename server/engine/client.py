@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,11 @@ from server.engine.admission import Admissions, Admitted, Shortage
 from server.engine.facts import STEP_BOUNDS_S, EngineFacts, EngineStats, EngineStatus, QueueStats
 from server.engine.messages import Abort, Start, encode, submit_frames
 from server.engine.process import ENTRY_MODULE, EngineProcess, RestartPolicy
+from server.engine.quarantine import MAX_CRASHES_MET, Quarantine
 from server.engine.validation import check_request
 from server.errors import (
     ModelLoading,
+    PoisonRequest,
     RateLimited,
     ServerError,
     ShuttingDown,
@@ -42,9 +44,6 @@ __all__ = [
     "QueueStats",
     "TokenStream",
 ]
-
-MAX_CRASHES_MET = 2
-"""A request that was being computed when so many processes ended is not sent to another."""
 
 
 class TokenStream:
@@ -178,6 +177,7 @@ class EngineClient:
             max_waiting=engine.max_requests_waiting, max_per_tenant=max_requests_per_tenant
         )
         self._building_ids: frozenset[str] = frozenset()
+        self._quarantine = Quarantine()
         self._stats = EngineStats()
         self._totals_of_the_gone = self._stats.totals
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -244,6 +244,8 @@ class EngineClient:
         check_request(request, tiles, facts=facts, vision=self._vision)
         if request.request_id in self._requests:
             raise ServerError("Two requests have the same id.")
+        if self._quarantine.is_barred(request):
+            raise PoisonRequest()
         num_tile_bytes = sum(medium.nbytes for medium in tiles)
         self._check_room(request, num_tile_bytes, facts)
         if request.sampling.seed is None:  # drawn here, so that sent twice it is the same request
@@ -308,6 +310,7 @@ class EngineClient:
             if not admitted.is_waiting or admitted.request.request_id in self._building_ids
         }
         self._building_ids = frozenset()
+        self._quarantine.meet_crash(self._blamed(at_work))
         for admitted in self._requests:
             if is_final or not admitted.frames:
                 self._end(admitted, "worker_restarting")
@@ -317,7 +320,13 @@ class EngineClient:
                 self._requests.meet_crash(admitted)
             admitted.is_held_back = admitted.num_crashes > 0
             if admitted.num_crashes >= MAX_CRASHES_MET:
-                self._end(admitted, "internal_error")
+                self._end(admitted, PoisonRequest.code)
+
+    def _blamed(self, at_work: Collection[str]) -> list[GenerationRequest]:
+        """Those that were computed; of them the one that was tried for an earlier crash, if any."""
+        there = [each for each in self._requests if each.request.request_id in at_work]
+        tried = [each for each in there if each.num_crashes and each.frames]
+        return [admitted.request for admitted in tried or there]
 
     def _send_next_suspect(self) -> None:
         """Those that a crash has met go one after another, so that one is guilty of the next."""

@@ -26,6 +26,7 @@ from server.errors import (
     CheckpointError,
     ConfigError,
     ModelLoading,
+    PoisonRequest,
     ShuttingDown,
     Unavailable,
     WorkerRestarting,
@@ -149,12 +150,19 @@ async def test_what_meets_two_crashes_ends_and_its_neighbours_are_answered(
         names = ("before", "deadly", "after", "last")
         prompts = {name: (KILL,) if name == "deadly" else (1, 2, 3) for name in names}
         streams = {
-            name: await client.submit(make_request(name, prompt=prompts[name], max_tokens=2), [])
+            name: await client.submit(make_request(name, prompt=prompts[name], max_tokens=1), [])
             for name in names
         }
         ends = {name: await collect(stream) for name, stream in streams.items()}
-    assert ends.pop("deadly") == [TokenEvent("deadly", None, "error", "internal_error")]
-    assert [len(events) for events in ends.values()] == [2, 2, 2]
+        with pytest.raises(PoisonRequest):
+            await client.submit(make_request("again", prompt=(KILL,), max_tokens=1), [])
+        assert len(await collect(await client.submit(make_request(max_tokens=1), []))) == 1
+    assert ends.pop("deadly") == [TokenEvent("deadly", None, "error", "poison_request")]
+    assert [[event.finish_reason for event in events] for events in ends.values()] == [
+        ["length"],
+        ["length"],
+        ["length"],
+    ]
 
 
 def bound(name: str, grammar: str) -> GenerationRequest:
@@ -178,7 +186,7 @@ async def test_a_grammar_that_kills_the_process_is_found_and_those_that_wait_are
         ends = {name: await collect(stream) for name, stream in streams.items()}
         assert client.num_restarts == 2
         assert (await collect(running))[-1].error_code == "worker_restarting"
-    assert ends.pop("deadly") == [TokenEvent("deadly", None, "error", "internal_error")]
+    assert ends.pop("deadly") == [TokenEvent("deadly", None, "error", "poison_request")]
     assert [[event.finish_reason for event in events] for events in ends.values()] == [
         [None, "length"],
         [None, "length"],
