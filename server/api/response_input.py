@@ -102,8 +102,10 @@ def parse_input(value: object, instructions: str | None) -> Conversation:
         raise InvalidType("input must be a string or an array of items.", param="input")
     if not value:
         raise InvalidRequest("input must not be empty.", param="input")
-    if len(value) > MAX_ITEMS:
-        raise ArrayTooLong(f"input must have at most {MAX_ITEMS} items.", param="input")
+    num_left = MAX_ITEMS - len(draft.messages)
+    if len(value) > num_left:
+        beside = " beside instructions" if draft.messages else ""
+        raise ArrayTooLong(f"input must have at most {num_left} items{beside}.", param="input")
     for index, each in enumerate(value):
         path = f"input[{index}]"
         item = as_object(each, path)

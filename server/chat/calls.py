@@ -16,7 +16,9 @@ import re
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
+
+from server.chat.fields import NAME_PATTERN
 
 ARROW: Final = " -> tool/function_call\n"
 """What follows the word `assistant` at the head of a turn of calls."""
@@ -24,7 +26,7 @@ ARROW: Final = " -> tool/function_call\n"
 ARGUMENT_KEYS: Final = ("arguments", "input", "parameters")
 
 _HEAD: Final = re.compile(
-    rf'\{{"name": ?"([A-Za-z0-9_-]{{1,64}})", ?"(?:{"|".join(ARGUMENT_KEYS)})": ?(?=\{{)'
+    rf'\{{"name": ?"({NAME_PATTERN})", ?"(?:{"|".join(ARGUMENT_KEYS)})": ?(?=\{{)'
 )
 
 
@@ -61,16 +63,20 @@ def added_up(pieces: Iterable[CallPiece]) -> list[WholeCall]:
     ]
 
 
+Place = Literal["turn", "within", "calls"]
+
+
 @dataclass(frozen=True, slots=True)
 class CallFormat:
     """How calls are told from text: the ids of `<|im_start|>` and `<|im_end|>`.
 
-    With `is_begun` the head of the turn of calls is in the prompt.
+    The answer begins `at` the beginning of a turn, "within" a text, or in the "calls", the head of
+    whose turn is in the prompt.
     """
 
     turn_start_id: int
     turn_end_id: int
-    is_begun: bool = False
+    at: Place = "turn"
 
     @property
     def special_ids(self) -> tuple[int, int]:

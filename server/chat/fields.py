@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Final
 
 from server.errors import (
     InvalidRequest,
@@ -16,6 +17,19 @@ from server.errors import (
     UnknownParameter,
     quoted,
 )
+
+NAME_PATTERN: Final = "[A-Za-z0-9_-]{1,64}"
+"""OpenAI's rule for the names of functions and of forms."""
+
+_NAME = re.compile(NAME_PATTERN, re.ASCII)
+
+
+def as_name(value: object, path: str) -> str:
+    """A string that may name a function or a form; InvalidType or InvalidRequest."""
+    name = as_string(value, path)
+    if not _NAME.fullmatch(name):
+        raise InvalidRequest("A name must be 1 to 64 of A-Z a-z 0-9 _ -.", param=path)
+    return name
 
 
 def as_object(value: object, path: str) -> Mapping[str, Any]:

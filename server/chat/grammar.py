@@ -12,8 +12,9 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
+from urllib.parse import unquote
 
-from server.chat.fields import as_object, refuse_unknown
+from server.chat.fields import as_name, as_object, refuse_unknown
 from server.errors import (
     InvalidRequest,
     InvalidSchema,
@@ -29,7 +30,6 @@ MAX_REGEX_CHARS: Final = 512
 
 _FORMATS: Final = ("text", "json_object", "json_schema")
 _DESCRIPTION: Final = ("name", "schema", "strict", "description")
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 _JSON_OPTIONS: Final = {
     "whitespace_flexible": False,
     "item_separator": ",",
@@ -46,13 +46,16 @@ _NOT_FOLLOWED: Final = frozenset(
 """Keywords that the library takes for notes, though they mean something, and its own. Those that it
 knows not to support it refuses itself; others are notes, as JSON Schema wants it."""
 
+_OF_OBJECTS: Final = frozenset(
+    {"properties", "required", "minProperties", "additionalProperties", "enum", "const"}
+)
 _COMBINING: Final = frozenset(
     {
-        *("$ref", "anyOf", "oneOf", "if", "not", "dependentSchemas", "patternProperties"),
+        *("$ref", "anyOf", "if", "not", "dependentSchemas", "patternProperties"),
         "unevaluatedProperties",
     }
 )
-"""Keywords beside which `properties` do not name all members."""
+"""Keywords that say more of an object than what the keywords `_OF_OBJECTS` beside them say."""
 
 _VALUES: Final = frozenset({"const", "default", "enum", "example", "examples"})
 """Keywords that hold values: what is in them is no schema."""
@@ -65,12 +68,12 @@ _NAMED: Final = frozenset({"properties", "patternProperties", "$defs", "definiti
 class Constraint:
     """A grammar that has not been proved yet, and the parameter it was made from.
 
-    `rule` is the same as the right side of a Lark rule; None of a whole grammar of the client's.
+    `json_rule` is the same as the right side of a Lark rule, where it is a form of JSON.
     """
 
     grammar: str
     param: str
-    rule: str | None = None
+    json_rule: str | None = None
 
 
 def parse_constraint(response_format: object, structured_outputs: object) -> Constraint | None:
@@ -135,10 +138,7 @@ def _of_description(described: Mapping[str, Any], path: str) -> Constraint:
     name = described.get("name")
     if name is None:
         raise MissingParameter(f"{path}.name is required.", param=f"{path}.name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise InvalidRequest(
-            f"{path}.name must be 1 to 64 of A-Z a-z 0-9 _ -.", param=f"{path}.name"
-        )
+    as_name(name, f"{path}.name")
     # A schema is kept to whether it is called strict or not.
     for key, kind_of, words in (
         ("strict", bool, "true or false"),
@@ -170,8 +170,7 @@ def check_schema(schema: object, path: str) -> dict[str, Any]:
     """The same; raises what is wrong with its shape or size."""
     if not isinstance(schema, dict):
         raise InvalidType(f"{path} must be an object.", param=path)
-    num_bytes = len(json.dumps(schema, ensure_ascii=False, separators=(",", ":")).encode())
-    _limit(num_bytes, MAX_SCHEMA_BYTES, "bytes", path)
+    _limit(schema_bytes(schema), MAX_SCHEMA_BYTES, "bytes", path)
     num_properties = num_values = 0
     for each, depth in _schemas_in(schema):
         _limit(depth, MAX_SCHEMA_DEPTH, "levels", path)
@@ -182,6 +181,11 @@ def check_schema(schema: object, path: str) -> dict[str, Any]:
     _limit(num_properties, MAX_PROPERTIES, "properties", path)
     _limit(num_values, MAX_ENUM_VALUES, "enum values", path)
     return schema
+
+
+def schema_bytes(schema: Mapping[str, Any]) -> int:
+    """Its size as the limits count it: as compact JSON."""
+    return len(json.dumps(schema, ensure_ascii=False, separators=(",", ":")).encode())
 
 
 def _check_strings(schema: Mapping[str, Any], path: str) -> None:
@@ -195,12 +199,24 @@ def _check_strings(schema: Mapping[str, Any], path: str) -> None:
         isinstance(reference, str) and (reference == "#" or reference.startswith("#/"))
     ):
         raise InvalidSchema(f"In {path} only references '#/...' are allowed.", param=path)
-    if isinstance(reference, str) and not _VALUES.isdisjoint(reference.split("/")):
+    if isinstance(reference, str) and _leads_into_value(reference):
         # What is in a value was not held to the limits of schemas.
         raise InvalidSchema(f"In {path} a reference leads into a value.", param=path)
     for name in schema:
         if name in _NOT_FOLLOWED:
             raise InvalidSchema(f"{path} uses '{name}', which is not supported.", param=path)
+
+
+def _leads_into_value(reference: str) -> bool:
+    """Whether a keyword on the way holds a value. Behind some a name of the client's stands."""
+    steps = iter(unquote(reference).split("/")[1:])
+    for step in steps:
+        keyword = step.replace("~1", "/").replace("~0", "~")
+        if keyword in _VALUES:
+            return True
+        if keyword in _NAMED:
+            next(steps, None)
+    return False
 
 
 def _schemas_in(schema: dict[str, Any]) -> Iterator[tuple[dict[str, Any], int]]:
@@ -261,7 +277,7 @@ def _of_json(schema: dict[str, Any], path: str) -> Constraint:
 
 
 def _of_rule(rule: str, path: str) -> Constraint:
-    return Constraint(lark_grammar(f"start: {rule}"), path, rule)
+    return Constraint(lark_grammar(f"start: {rule}"), path)
 
 
 def json_rule(schema: dict[str, Any], *, separators: tuple[str, str] = (",", ":")) -> str:
@@ -277,23 +293,37 @@ def _closed(schema: dict[str, Any]) -> dict[str, Any]:
     What is valid by that is valid by the schema; and a weak model, which might invent members for
     ever, comes to an end. A schema that puts objects together of several is left as it is.
     """
-    for each, _ in _schemas_in(schema):
-        if "allOf" in each or ("properties" in each and not _COMBINING.isdisjoint(each)):
-            return schema
+    if any(_puts_together(each) for each, _ in _schemas_in(schema)):
+        return schema
     return _with_closed_objects(schema)
+
+
+def _puts_together(schema: Mapping[str, Any]) -> bool:
+    """Whether what an object may be is said in several places, or an answer could fit twice."""
+    keywords = schema.keys()
+    return (
+        "allOf" in keywords
+        or "oneOf" in keywords
+        or not (_COMBINING.isdisjoint(keywords) or _OF_OBJECTS.isdisjoint(keywords))
+        or ("properties" in keywords and not keywords.isdisjoint(("enum", "const")))
+    )
 
 
 def _with_closed_objects(schema: dict[str, Any]) -> dict[str, Any]:
     closed: dict[str, Any] = {}
     for name, value in schema.items():
-        if name in _NAMED:
-            closed[name] = {key: _closed_value(each) for key, each in _mapping(value).items()}
+        if name in _NAMED and isinstance(value, dict):
+            closed[name] = {key: _closed_value(each) for key, each in value.items()}
         else:
             closed[name] = value if name in _VALUES else _closed_value(value)
-    members = _mapping(schema.get("properties"))
-    wanted = schema.get("required")
-    is_enough = isinstance(wanted, list) and members.keys() >= {str(each) for each in wanted}
-    if members and (wanted is None or is_enough) and "minProperties" not in schema:
+    members, wanted = schema.get("properties"), schema.get("required", [])
+    names_all = (
+        isinstance(members, dict)
+        and isinstance(wanted, list)
+        and members.keys() >= {str(each) for each in wanted}
+        and "minProperties" not in schema
+    )
+    if names_all:
         closed.setdefault("additionalProperties", False)
     return closed
 

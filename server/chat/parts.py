@@ -255,17 +255,25 @@ def _parse_calls(value: object, path: str) -> tuple[Call, ...]:
         raise InvalidType("This must be an array.", param=path)
     if len(value) > MAX_CALLS:
         raise ArrayTooLong(f"At most {MAX_CALLS} calls are accepted in a message.", param=path)
-    return tuple(_parse_call(call, f"{path}[{index}]") for index, call in enumerate(value))
+    calls = tuple(_parse_call(call, f"{path}[{index}]") for index, call in enumerate(value))
+    seen: set[str] = set()
+    for index, call in enumerate(calls):
+        if call.id in seen:
+            raise InvalidRequest("Two calls have this id.", param=f"{path}[{index}].id")
+        seen.add(call.id)
+    return calls
 
 
 def _parse_call(value: object, path: str) -> Call:
     call = as_object(value, path)
-    # `index` is what a streamed call has, which some clients send back as it came.
-    refuse_unknown(call, path, ("id", "type", "function", "index"))
     if call.get("type") not in (None, "function"):
         raise UnsupportedParameter(
             "Only calls of the type function are supported.", param=f"{path}.type"
         )
+    # `index` is what a streamed call has, which some clients send back as it came.
+    refuse_unknown(call, path, ("id", "type", "function", "index"))
+    if not isinstance(call.get("index"), int | None):
+        raise InvalidType("This must be an integer.", param=f"{path}.index")
     call_id = as_string(
         required(call, "id", f"{path}.id"), f"{path}.id", max_chars=MAX_CALL_ID_CHARS
     )
@@ -285,7 +293,7 @@ def _parse_arguments(value: object, path: str) -> Mapping[str, Any]:
     if not text.strip():
         return {}
     try:
-        arguments = json.loads(text)
+        arguments = json.loads(text, object_pairs_hook=_without_repeats)
         # What is no JSON (NaN, 1e999) or no text (half of a surrogate pair) is found only here.
         json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (ValueError, RecursionError):
@@ -293,6 +301,14 @@ def _parse_arguments(value: object, path: str) -> Mapping[str, Any]:
     if not isinstance(arguments, dict):
         raise InvalidRequest("This must be the JSON of an object.", param=path)
     return arguments
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """As in the request itself, ambiguity is refused."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key stands twice")
+    return value
 
 
 def _parse_answered(message: Mapping[str, Any], path: str, calls: Mapping[str, Call]) -> Call:

@@ -29,7 +29,7 @@ from server.chat.parts import (
 from server.chat.prompt_thread import PromptThread
 from server.chat.template import ChatTemplate, Ending
 from server.chat.tokenizer import Tokenizer
-from server.chat.tools import Function, Tools, answer_grammar, arguments_form
+from server.chat.tools import NO_CALLS, Function, Tools, answer_form, arguments_form
 from server.config import MediaConfig
 from server.core import (
     GenerationRequest,
@@ -43,7 +43,6 @@ from server.errors import (
     CONTEXT_IS,
     InvalidPrompt,
     InvalidRequest,
-    InvalidSchema,
     InvalidType,
     PromptTooLong,
     UnsupportedParameter,
@@ -220,9 +219,9 @@ class Preparer:
             self._check_text_bytes(messages, request.functions)
             echo = _echo(messages[-1], request) if request.is_echoing else ""
             calls = self._call_format(request)
-            constraint = self._constraint(request, calls)
+            constraint = _form(request, calls)
             if constraint is not None:
-                await self._prove(constraint, request, tenant)
+                await self._prove(constraint, request, calls, tenant)
             prompt = await self._prompt(messages, request, tenant=tenant, attachments=attachments)
         else:
             prompt = Prompt(tuple(await self.encode_raw(request.prompt, tenant=tenant)))
@@ -331,21 +330,17 @@ class Preparer:
             raise UnsupportedParameter(
                 "This model's tokenizer lacks the tokens that calls are made of.", param="tools"
             )
-        return CallFormat(start, end, is_begun=tools.mode == "required")
+        if tools.mode == "required":
+            return CallFormat(start, end, at="calls")
+        return CallFormat(start, end, at="within" if request.ending == "open" else "turn")
 
-    @staticmethod
-    def _constraint(request: ChatRequest, calls: CallFormat | None) -> Constraint | None:
-        """The form of the whole answer, which nothing has proved yet."""
-        if request.tools is None or calls is None:
-            return request.constraint
-        return answer_grammar(
-            request.tools,
-            request.constraint,
-            turn_start_id=calls.turn_start_id,
-            turn_end_id=calls.turn_end_id,
-        )
-
-    async def _prove(self, constraint: Constraint, request: ChatRequest, tenant: str) -> None:
+    async def _prove(
+        self,
+        constraint: Constraint,
+        request: ChatRequest,
+        calls: CallFormat | None,
+        tenant: str,
+    ) -> None:
         """That an answer can be made by it; refuses what else is asked for and cannot be kept."""
         for name, said in (
             ("stop_token_ids", request.stop_token_ids),
@@ -357,16 +352,11 @@ class Preparer:
                     "answer may end.",
                     param=name,
                 )
-        try:
-            await self._prove_one(constraint, tenant)
-        except InvalidSchema:
-            # It may be one of the functions that is at fault: then that one is told.
-            for function in request.functions:
-                await self._prove_one(arguments_form(function), tenant)
-            raise
-
-    async def _prove_one(self, constraint: Constraint, tenant: str) -> None:
-        await self.prover.prove(constraint.grammar, param=constraint.param, tenant=tenant)
+        # Each function by itself, so that the one at fault is told; of the whole the proof sees
+        # only the beginning.
+        callables = () if request.tools is None or calls is None else request.tools.callables
+        for form in (*map(arguments_form, callables), constraint):
+            await self.prover.prove(form.grammar, param=form.param, tenant=tenant)
 
     async def _prompt(
         self,
@@ -510,6 +500,16 @@ class Preparer:
             num_logprobs=request.num_logprobs,
             num_prompt_logprobs=request.num_prompt_logprobs,
         )
+
+
+def _form(request: ChatRequest, calls: CallFormat | None) -> Constraint | None:
+    """That of the whole answer, which nothing has proved yet."""
+    tools = request.tools
+    if tools is None:
+        return request.constraint
+    if calls is not None:
+        return answer_form(tools, request.constraint, calls)
+    return request.constraint or (NO_CALLS if request.ending == "assistant" else None)
 
 
 def _num_bytes(texts: Iterable[str]) -> int:

@@ -446,8 +446,9 @@ class ChatTemplate:
             return self._disguise.hide(text, nonce=nonce)
 
         rendered = self._rendered_or_none(way, conversation, [function], hide=hide)
+        # The name is said of the function and of the call, and may be said of the result.
         return rendered is not None and all(
-            rendered.count(hide(text)) == (2 if text is name else 1) for text in told
+            rendered.count(hide(text)) >= (2 if text is name else 1) for text in told
         )
 
     def _hints_shown(self, way: _Way, kind: MediaKind) -> frozenset[str] | None:
@@ -494,11 +495,11 @@ class ChatTemplate:
         hide: Callable[[str], str],
         ending: Ending,
     ) -> str:
-        fed: list[_RenderedMessage] = [
-            {"role": message.role, "content": content, **_fed_calls(message, hide=hide)}
-            for message in messages
-            for content in _contents(way, message, hide=hide)
-        ]
+        fed: list[_RenderedMessage] = []
+        for message in messages:
+            contents = _contents(way, message, hide=hide)
+            fed += [{"role": message.role, "content": content} for content in contents]
+            fed[-1] |= _fed_calls(message, hide=hide)
         mark = self._disguise.new_nonce()
         last_text = _mark_end(fed[-1], mark) if ending == "open" else ""
         rendered = self._renderer.apply_chat_template(
@@ -626,6 +627,8 @@ def _contents(way: _Way, message: Message, *, hide: Callable[[str], str]) -> lis
     ):
         return [hide("\n".join(message.texts))]
     parts = (TextPart(content),) if isinstance(content, str) else content
+    if message.call is not None:
+        parts = (TextPart("\n".join(message.texts)),)  # one result, however many parts it came in
     fed = [_fed_part(way, part, hide=hide) for part in parts]
     if way.form == "list":
         return [fed]

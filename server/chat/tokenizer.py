@@ -259,10 +259,18 @@ class Detokenizer:
 
     def push(self, token_id: int, *, may_stop: bool = True) -> str:
         """Take one token; the text that is now certain. One that may not stop is text at once."""
-        if self.is_stopped:
-            return ""
+        return self.release(self.decode(token_id), may_stop=may_stop)
+
+    def decode(self, token_id: int) -> str:
+        """The characters that a token completes, which `release` has to be given."""
         new = self._decoder.decode(self._tokenizer.token_bytes(token_id))
         self.num_decoded += len(new)
+        return new
+
+    def release(self, new: str, *, may_stop: bool = True) -> str:
+        """The text that is certain now that these characters have come."""
+        if self.is_stopped:
+            return ""
         if not self._stop or not may_stop:
             return self.finish() + new
         text = self._held + new
@@ -319,11 +327,10 @@ class _Choice:
         self._held_chances: deque[tuple[int, int, TokenChance]] = deque()  # start, end, chance
         self.num_generated = 0
         self._call_format = calls
-        # Of calls: their text, and what reads it once they have begun.
-        self._call_text = Detokenizer(tokenizer)
-        self._reader = CallReader() if calls is not None and calls.is_begun else None
+        # What reads calls once they have begun.
+        self._reader = CallReader() if calls is not None and calls.at == "calls" else None
         # Held back while it may become the head of a turn of calls; None where it cannot.
-        self._opening: str | None = "" if calls is not None and not calls.is_begun else None
+        self._opening: str | None = "" if calls is not None and calls.at == "turn" else None
 
     def take(self, event: TokenEvent, *, min_tokens: int) -> Delta | None:
         """The delta that an event completes, if any; after the last one nothing may be taken."""
@@ -336,55 +343,57 @@ class _Choice:
             )
         text = ""
         pieces: tuple[CallPiece, ...] = ()
+        may_stop = self.num_generated >= min_tokens
         if event.token_id is not None:
             self._num_tokens += 1
             self.num_generated += 1
             # The token that ends an answer is no part of its text, even an ordinary one.
             if event.finish_reason != "stop":
-                text, pieces = self._read(event, may_stop=self.num_generated > min_tokens)
+                text, pieces = self._read(event, may_stop=may_stop)
             elif self._tells_end and event.logprobs is not None:
                 at = self._detokenizer.num_decoded
                 self._held_chances.append((at, at, self._tokenizer.chance_of(event.logprobs)))
+        if event.finish_reason is not None:
+            text += self._end_text(may_stop=may_stop)
         if self._detokenizer.is_stopped:
             return self._delta(text, (), "stop")
         if event.finish_reason is not None:
             has_calls = self._reader is not None and self._reader.num_calls > 0
             is_whole = event.finish_reason == "stop"
             reason: EndReason = "tool_calls" if has_calls and is_whole else event.finish_reason
-            return self._delta(text + self._end_text(), pieces, reason)
+            return self._delta(text, pieces, reason)
         return self._delta(text, pieces, None) if text or pieces else None
 
     def _read(self, event: TokenEvent, *, may_stop: bool) -> tuple[str, tuple[CallPiece, ...]]:
         """The text, or the pieces of calls, that are certain with this token."""
         assert event.token_id is not None
         if self._reader is not None:
-            return "", self._reader.push(self._call_text.push(event.token_id))
+            return "", self._reader.push(self._detokenizer.decode(event.token_id))
         if self._call_format is not None and event.token_id == self._call_format.turn_end_id:
             self._reader = CallReader()
-            return self._end_text(), ()
-        text = self._push(event, may_stop=may_stop)
-        if self._opening is None:
-            return text, ()
-        self._opening += text
-        if self._opening.startswith(ARROW):
-            rest, self._opening = self._opening[len(ARROW) :], None
-            self._held_chances.clear()
-            self._reader = CallReader()
-            return "", self._reader.push(rest)
-        if ARROW.startswith(self._opening) and not self._detokenizer.is_stopped:
-            return "", ()
-        text, self._opening = self._opening, None
-        return text, ()
+            return self._end_text(may_stop=may_stop), ()
+        text = self._decode(event)
+        if self._opening is not None:
+            text, self._opening = self._opening + text, None
+            if text.startswith(ARROW):
+                self._held_chances.clear()
+                self._reader = CallReader()
+                return "", self._reader.push(text[len(ARROW) :])
+            if ARROW.startswith(text):
+                self._opening = text
+                return "", ()
+        return self._detokenizer.release(text, may_stop=may_stop), ()
 
-    def _end_text(self) -> str:
+    def _end_text(self, *, may_stop: bool) -> str:
         """No more text will come: what was held back of it."""
         opening, self._opening = self._opening or "", None
-        return opening + self._detokenizer.finish()
+        return self._detokenizer.release(opening, may_stop=may_stop) + self._detokenizer.finish()
 
-    def _push(self, event: TokenEvent, *, may_stop: bool) -> str:
+    def _decode(self, event: TokenEvent) -> str:
+        """The characters that the token completes; its chance waits for them to be shown."""
         assert event.token_id is not None
         start = self._detokenizer.num_decoded
-        text = self._detokenizer.push(event.token_id, may_stop=may_stop)
+        text = self._detokenizer.decode(event.token_id)
         if event.logprobs is not None:
             end = self._detokenizer.num_decoded + int(self._detokenizer.is_inside_character)
             self._held_chances.append((start, end, self._tokenizer.chance_of(event.logprobs)))

@@ -1,6 +1,6 @@
 """The functions a request offers: `tools`, `tool_choice` and `parallel_tool_calls`.
 
-`parse_tools` judges them; `answer_grammar` makes of them the form of an answer that may, or must,
+`parse_tools` judges them; `answer_form` makes of them the form of an answer that may, or must,
 call one. Calls have the family's form (`chat.calls`), with the arguments held to the function's own
 schema. Must not know how the template shows a function, nor how a grammar is proved.
 """
@@ -8,14 +8,13 @@ schema. Must not know how the template shows a function, nor how a grammar is pr
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
 
-from server.chat.calls import ARGUMENT_KEYS, ARROW
-from server.chat.fields import as_object, as_string, refuse_unknown, required
-from server.chat.grammar import Constraint, check_schema, json_rule, lark_grammar
+from server.chat.calls import ARGUMENT_KEYS, ARROW, CallFormat, Place
+from server.chat.fields import as_name, as_object, as_string, refuse_unknown, required
+from server.chat.grammar import Constraint, check_schema, json_rule, lark_grammar, schema_bytes
 from server.errors import (
     ArrayTooLong,
     InvalidRequest,
@@ -38,12 +37,22 @@ NO_PARAMETERS: Final[dict[str, Any]] = {
 }
 """OpenAI: a function without `parameters` takes none."""
 
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
-_FREE_TEXT: Final = (
+_UNLIKE_CALLS: Final = (
     'FREE | ""\n'
-    # What begins like a call is one.
     r"FREE: /(.|\n)+/ & ~/" + ARROW.replace("/", r"\/").replace("\n", r"\n") + r"(.|\n)*/"
 )
+_TEXTS: Final[Mapping[Place, str]] = {
+    "turn": _UNLIKE_CALLS,
+    "within": 'FREE | ""\nFREE: /(.|\n)+/',
+    "calls": "",
+}
+"""What is free as text, by where the answer begins."""
+
+_STARTS: Final[Mapping[Place, str]] = {
+    "turn": "text ({end} turn?)? | {arrow} calls",
+    "within": "text ({end} turn?)?",
+    "calls": "calls",
+}
 
 Mode = Literal["none", "auto", "required"]
 
@@ -104,7 +113,7 @@ def _functions(tools: object) -> tuple[Function, ...]:
                 f"The function {function.name} is given twice.", param=f"{function.path}.name"
             )
         seen.add(function.name)
-    num_bytes = sum(len(json.dumps(each.schema)) for each in functions)
+    num_bytes = sum(schema_bytes(each.schema) for each in functions)
     if num_bytes > MAX_SCHEMAS_BYTES:
         raise InvalidSchema(
             f"The parameters of all tools must have at most {MAX_SCHEMAS_BYTES} bytes.",
@@ -116,7 +125,7 @@ def _functions(tools: object) -> tuple[Function, ...]:
 def _function(value: object, path: str) -> Function:
     fields, path = _function_of(value, path)
     refuse_unknown(fields, path, ("name", "description", "parameters", "strict"))
-    name = _name(fields, path)
+    name = as_name(required(fields, "name", f"{path}.name"), f"{path}.name")
     description = fields.get("description")
     if description is not None:
         as_string(description, f"{path}.description", max_chars=MAX_DESCRIPTION_CHARS)
@@ -144,14 +153,6 @@ def _function_of(value: object, path: str) -> tuple[Mapping[str, Any], str]:
     refuse_unknown(tool, path, ("type", "function"))
     path = f"{path}.function"
     return as_object(required(tool, "function", path), path), path
-
-
-def _name(fields: Mapping[str, Any], path: str) -> str:
-    path = f"{path}.name"
-    name = as_string(required(fields, "name", path), path)
-    if not _NAME.fullmatch(name):
-        raise InvalidRequest("A function's name must be 1 to 64 of A-Z a-z 0-9 _ -.", param=path)
-    return name
 
 
 def _choice(choice: object, names: frozenset[str]) -> tuple[Mode, frozenset[str], bool]:
@@ -193,50 +194,51 @@ def _named(value: object, path: str, names: frozenset[str]) -> str:
     """One of the functions, by a tool that says only its name."""
     fields, path = _function_of(value, path)
     refuse_unknown(fields, path, ("name",))
-    name = _name(fields, path)
+    name = as_name(required(fields, "name", f"{path}.name"), f"{path}.name")
     if name not in names:
         raise InvalidRequest(f"{name} is not among the tools.", param=f"{path}.name")
     return name
 
 
-def answer_grammar(
-    tools: Tools, text: Constraint | None, *, turn_start_id: int, turn_end_id: int
-) -> Constraint:
-    """The form of an answer that may call `tools`; not of the mode "none".
+def answer_form(tools: Tools, text: Constraint | None, calls: CallFormat) -> Constraint:
+    """That of an answer that may call `tools`, or must; not of the mode "none".
 
-    With "required" the answer begins with the calls: the head of their turn is in the prompt.
-    `text` is the form of what is not a call; None where that is free. The ids are those of
-    `<|im_start|>` and `<|im_end|>`.
+    `text` is the form of what is not a call; None where that is free. Of forms only JSON's cannot
+    begin like a call.
     """
-    if text is not None and text.rule is None:
+    if text is not None and text.json_rule is None:
         raise InvalidRequest(f"{text.param} cannot be combined with tools.", param=text.param)
-    start, end = f"<[{turn_start_id}]>", f"<[{turn_end_id}]>"
+    start, end = f"<[{calls.turn_start_id}]>", f"<[{calls.turn_end_id}]>"
     arrow = json.dumps(ARROW)
-    rules = [f"calls: {_list_rule(tools.max_calls)} {end}?"]
-    if tools.mode == "required":
-        rules.append("start: calls")
-    else:
-        rules += [
-            f"start: text ({end} turn?)? | {arrow} calls",
-            f'turn: "\\n" {start} "assistant" {arrow} calls',
-            f"text: {_FREE_TEXT if text is None else text.rule}",
-        ]
+    told = _TEXTS[calls.at] if text is None else text.json_rule
+    rules = [
+        f"start: {_STARTS[calls.at].format(end=end, arrow=arrow)}",
+        f"calls: {_list_rule(tools.max_calls)} {end}?",
+    ]
+    if calls.at != "calls":
+        rules += [f'turn: "\\n" {start} "assistant" {arrow} calls', f"text: {told}"]
     names = [f"call_{index}" for index in range(len(tools.callables))]
     rules.append(f"call: {' | '.join(names)}")
     for name, function in zip(names, tools.callables, strict=True):
         head = json.dumps(f'"{function.name}"')
         rules += [
             f'{name}: "{{\\"name\\":" SPACE? {head} "," SPACE? KEY SPACE? {name}_arguments "}}"',
-            f"{name}_arguments: {arguments_form(function).rule}",
+            f"{name}_arguments: {arguments_form(function).json_rule}",
         ]
     keys = (json.dumps(f'"{key}":') for key in ARGUMENT_KEYS)
     rules += [f"KEY: {' | '.join(keys)}", 'SPACE: " "']
     return Constraint(lark_grammar("\n".join(rules)), "tools")
 
 
+NO_CALLS: Final = Constraint(lark_grammar(f"start: text\ntext: {_UNLIKE_CALLS}"), "tool_choice")
+"""The form of an answer whose turn begins there and that calls nothing, though it knows tools."""
+
+
 def arguments_form(function: Function) -> Constraint:
     """That of the arguments of one function; spaces as the family writes them, or none."""
-    rule = json_rule(function.schema, separators=(", ?", ": ?"))
+    # An object, also where the schema does not say so: it was refused if it says something else.
+    schema = {"type": "object"} | function.schema
+    rule = json_rule(schema, separators=(", ?", ": ?"))
     return Constraint(lark_grammar(f"start: {rule}"), f"{function.path}.parameters", rule)
 
 

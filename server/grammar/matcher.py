@@ -7,8 +7,10 @@ the proof hold. Must not know what a grammar was made from, nor who is answered.
 from __future__ import annotations
 
 import json
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -44,13 +46,40 @@ class Vocabulary:
 def read_vocabulary(folder: Path) -> Vocabulary:
     """That of the checkpoint in `folder`. Takes a while where there are many tokens."""
     try:
-        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-        added_ids = frozenset(token["id"] for token in json.loads(text)["added_tokens"])
+        description = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        added_ids = frozenset(token["id"] for token in description["added_tokens"])
         # It must be told an end. Whether an answer may end is asked of the matcher instead.
+        text = json.dumps(_with_unknown_names(description))
         tokenizer = LLTokenizer(text, eos_token=min(added_ids))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError("tokenizer.json cannot be used for structured output") from error
     return Vocabulary(tokenizer, added_ids)
+
+
+def _with_unknown_names(description: dict[str, Any]) -> dict[str, Any]:
+    """The tokenizer, its added tokens under names that nobody can write.
+
+    Else a form that has one's own name in it, in a constant or as a member, could only be followed
+    by the token, which stands for no text.
+    """
+    secret = secrets.token_hex(16)
+    names = {token["content"]: f"<{secret}-{token['id']}>" for token in description["added_tokens"]}
+    model = description["model"]
+    merges = [each.split(" ") if isinstance(each, str) else each for each in model["merges"]]
+    return description | {
+        "added_tokens": [
+            token | {"content": names[token["content"]]} for token in description["added_tokens"]
+        ],
+        "model": model
+        | {
+            "vocab": {names.get(token, token): i for token, i in model["vocab"].items()},
+            "merges": [
+                [left, right]
+                for left, right in merges
+                if names.keys().isdisjoint((left, right, left + right))
+            ],
+        },
+    }
 
 
 def matcher_bytes(grammar: str) -> int:

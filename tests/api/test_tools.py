@@ -150,6 +150,12 @@ def test_stop_strings_are_of_the_text_alone(scripted: Scripted) -> None:
     assert (choice["message"]["content"], choice["finish_reason"]) == ("Let ", "stop")
     choice = whole(scripted([" -> tool/fun", STOP]), stop=["/fun"])
     assert (choice["message"]["content"], choice["finish_reason"]) == (" -> tool", "stop")
+    choice = whole(scripted([" -> told\nyou", STOP]), stop=["\n", "tol"])
+    assert (choice["message"]["content"], choice["finish_reason"]) == (" -> ", "stop")
+    for stop in ("\n", " ", "tool", "->", "\n["):
+        choice = whole(scripted([ARROW, f"[{CALL}]", END, STOP]), stop=[stop])
+        assert choice["finish_reason"] == "tool_calls", stop
+        assert choice["message"]["content"] is None
 
 
 def test_a_call_that_is_cut_ends_by_length(scripted: Scripted, scripted_preparer: Preparer) -> None:
@@ -175,7 +181,8 @@ def test_the_engine_is_told_the_form(scripted: Scripted, scripted_preparer: Prep
         assert special[END] not in request.sampling.stop_token_ids
         assert special["<|endofturn|>"] in request.sampling.stop_token_ids
     assert must.grammar != may.grammar
-    assert cannot.grammar is None and cannot.grammar_special_ids == ()
+    assert cannot.grammar is not None and cannot.grammar_special_ids == ()
+    assert "weather" not in cannot.grammar
     assert special[END] in cannot.sampling.stop_token_ids
     head = scripted_preparer.tokenizer.decode(must.prompt_ids)
     assert head.endswith(f"assistant{ARROW}")
@@ -257,11 +264,16 @@ def test_a_schema_that_cannot_be_kept_is_refused_by_its_name(scripted: Scripted)
     server = scripted([STOP])
     impossible = {"type": "object", "required": ["a"], "properties": {"a": False}}
     bad = {"type": "function", "function": {"name": "bad", "parameters": impossible}}
-    for tools, param in (
-        ([bad], "tools[0].function.parameters"),
-        ([TOOL, bad], "tools[1].function.parameters"),
+    worse = {"type": "function", "function": {"name": "worse", "parameters": {"const": 5}}}
+    worst = {"mode": "required", "tools": [{"type": "function", "function": {"name": "worse"}}]}
+    for tools, choice, index in (
+        ([bad], "required", 0),
+        ([TOOL, bad], "auto", 1),
+        ([worse], "auto", 0),
+        ([bad, worse], {"type": "allowed_tools", "allowed_tools": worst}, 1),
     ):
-        response = server.http.post(URL, json=body(tools=tools, tool_choice="required"))
+        response = server.http.post(URL, json=body(tools=tools, tool_choice=choice))
+        param = f"tools[{index}].function.parameters"
         assert_error(response, 400, "invalid_json_schema", param=param)
 
 

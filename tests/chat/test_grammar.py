@@ -14,6 +14,7 @@ from server.chat.grammar import (
     MAX_SCHEMA_BYTES,
     MAX_SCHEMA_DEPTH,
     Constraint,
+    check_schema,
     json_rule,
     parse_constraint,
 )
@@ -111,7 +112,7 @@ def test_what_is_wrong_is_named(
         ({"name": None}, "missing_required_parameter", "name"),
         ({"name": "a b"}, "invalid_value", "name"),
         ({"name": "a" * 65}, "invalid_value", "name"),
-        ({"name": 7}, "invalid_value", "name"),
+        ({"name": 7}, "invalid_type", "name"),
         ({"strict": "yes"}, "invalid_type", "strict"),
         ({"description": 7}, "invalid_type", "description"),
         ({"schema": None}, "missing_required_parameter", "schema"),
@@ -212,15 +213,24 @@ def closed(schema: dict[str, Any]) -> dict[str, Any]:
 
 def test_objects_have_the_members_that_are_named() -> None:
     inner = {"properties": {"b": {"type": "string"}}, "required": ["b"]}
+    values = {"enum": [{"properties": {"b": 1}}]}
     schema = {
         "type": "object",
-        "properties": {"a": {"anyOf": [inner, {"type": "null"}]}, "properties": {"items": inner}},
+        "properties": {
+            "a": {"anyOf": [inner, {"type": "null"}]},
+            "properties": {"items": inner},
+            "enum": values,
+        },
         "$defs": {"x": inner},
-        "enum": [{"properties": {"b": 1}}],
     }
     shut = inner | {"additionalProperties": False}
-    assert closed(schema) == schema | {
-        "properties": {"a": {"anyOf": [shut, {"type": "null"}]}, "properties": {"items": shut}},
+    assert closed(schema) == {
+        "type": "object",
+        "properties": {
+            "a": {"anyOf": [shut, {"type": "null"}]},
+            "properties": {"items": shut},
+            "enum": values,
+        },
         "$defs": {"x": shut},
         "additionalProperties": False,
     }
@@ -230,7 +240,12 @@ def test_objects_have_the_members_that_are_named() -> None:
     "schema",
     [
         {"type": "object"},
-        {"properties": {}},
+        {"properties": 5},
+        {"properties": {"a": {}}, "enum": [{"a": 1, "z": 2}]},
+        {"$ref": "#/$defs/b", "required": ["z"], "$defs": {"b": {"properties": {"b": {}}}}},
+        {"anyOf": [{"properties": {"a": {}}}], "required": ["z"]},
+        {"anyOf": [{"properties": {"a": {}}}], "const": {"z": 1}},
+        {"oneOf": [{"properties": {"a": {}}, "required": ["a"]}, {"properties": {"b": {}}}]},
         {"properties": {"a": {}}, "additionalProperties": True},
         {"properties": {"a": {}}, "additionalProperties": {"type": "string"}},
         {"properties": {"a": {}}, "required": ["b"]},
@@ -247,3 +262,29 @@ def test_objects_stay_open_where_the_schema_says_so_or_puts_them_together(
     schema: dict[str, Any],
 ) -> None:
     assert closed(schema) == schema
+
+
+def test_an_object_of_no_members_has_none() -> None:
+    schema: dict[str, Any] = {"type": "object", "properties": {}}
+    assert closed(schema) == schema | {"additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    ("reference", "is_allowed"),
+    [
+        ("#", True),
+        ("#/$defs/default", True),
+        ("#/properties/enum/items", True),
+        ("#/properties/properties/default", False),
+        ("#/default", False),
+        ("#/defaul%74", False),
+        ("#/$defs/x/const", False),
+        ("#/anyOf/0/examples/1", False),
+    ],
+)
+def test_references_lead_to_schemas_not_into_values(reference: str, is_allowed: bool) -> None:
+    if is_allowed:
+        check_schema({"$ref": reference}, "x")
+    else:
+        with pytest.raises(InvalidRequest, match="leads into a value"):
+            check_schema({"$ref": reference}, "x")

@@ -229,13 +229,29 @@ def assert_refused(message: Any, code: str, param: str) -> None:
         (calling(CALL | {"function": None}), "missing_required_parameter", f"{C}.function"),
         (calling(CALL | {"id": None}), "missing_required_parameter", f"{C}.id"),
         (calling(CALL | {"type": "custom"}), "unsupported_parameter", f"{C}.type"),
+        (
+            calling(CALL | {"type": "custom", "custom": {}}),
+            "unsupported_parameter",
+            f"{C}.type",
+        ),
+        (calling(CALL | {"index": {}}), "invalid_type", f"{C}.index"),
+        (calling(CALL, CALL), "invalid_value", "messages[0].tool_calls[1].id"),
         (calling(CALL | {"colour": "red"}), "unknown_parameter", f"{C}.colour"),
         (calling(call()), "missing_required_parameter", f"{C}.function.name"),
         (calling(call(name="f", x=1)), "unknown_parameter", f"{C}.function.x"),
         (calling(call(name="f", arguments={})), "invalid_type", f"{C}.function.arguments"),
         *(
             (calling(call(name="f", arguments=each)), "invalid_value", f"{C}.function.arguments")
-            for each in ("[]", "5", "{", "{} {}", '{"a": NaN}', '{"a": 1e999}', '{"a": "\\ud800"}')
+            for each in (
+                "[]",
+                "5",
+                "{",
+                "{} {}",
+                '{"a":1,"a":2}',
+                '{"a": NaN}',
+                '{"a": 1e999}',
+                '{"a": "\\ud800"}',
+            )
         ),
         (
             calling(call(name="f", arguments="[" * 100_000)),

@@ -698,3 +698,27 @@ def test_without_the_family_s_tokens_tools_are_refused(description: dict[str, An
     with pytest.raises(UnsupportedParameter) as caught:
         chat.encode(parse_messages([user("x")], MediaConfig()), [FUNCTION])
     assert caught.value.param == "tools"
+
+
+SHOWS_TOOLS = (
+    "{%- for tool in tools or [] -%}T{{ tool.function | tojson }}{%- endfor -%}"
+    "{%- for m in messages -%}<|im_start|>{{ m.role }}{{ m.name }}\n{{ m.content.text }}"
+    "{%- for c in m.tool_calls or [] -%}C{{ c.function | tojson }}{%- endfor -%}<|im_end|>"
+    "{%- endfor -%}<|im_start|>assistant\n"
+)
+
+
+def test_one_part_a_message_shows_calls_and_results_once(tokenizer: Tokenizer) -> None:
+    """This template also says whose result it is."""
+    chat = ChatTemplate(tokenizer, template=SHOWS_TOOLS, revision_layout="v0.1.0")
+    assert chat.notes == ()
+    called, result = CALLED
+    messages = [
+        user([text("x")]),
+        called | {"content": [text("one"), text("two")]},
+        result | {"content": [text("sun"), text("rain")]},
+    ]
+    ids = chat.encode(parse_messages(messages, MediaConfig()), [FUNCTION])
+    words = shown(tokenizer, ids)
+    assert words.count('C{"name"') == 1 and "two" + 'C{"name"' in words
+    assert words.count("<|im_start|>tool") == 1 and "toolweather\nsun\nrain<|im_end|>" in words

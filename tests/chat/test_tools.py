@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from server.chat.calls import ARROW
+from server.chat.calls import ARROW, CallFormat, Place
 from server.chat.grammar import parse_constraint
 from server.chat.tokenizer import Tokenizer
-from server.chat.tools import MAX_CALLS, MAX_TOOLS, Tools, answer_grammar, parse_tools
+from server.chat.tools import MAX_CALLS, MAX_TOOLS, Tools, answer_form, parse_tools
 from server.errors import InvalidRequest
 from server.grammar.matcher import Vocabulary, read_vocabulary, start_matcher
 from server.hub import find_checkpoint
@@ -161,11 +161,13 @@ def follows(
     vocabulary: Vocabulary,
     *,
     text: Any = None,
+    place: Place = "turn",
 ) -> bool | None:
     """Whether an answer is of the form and may end there; None where it might go on."""
     constraint = parse_constraint(text, None)
     start_id, end_id = tokenizer.special[START], tokenizer.special[END]
-    form = answer_grammar(tools, constraint, turn_start_id=start_id, turn_end_id=end_id)
+    at: Place = "calls" if tools.mode == "required" else place
+    form = answer_form(tools, constraint, CallFormat(start_id, end_id, at=at))
     matcher = start_matcher(vocabulary, form.grammar)
     for piece in answer:
         special = tokenizer.special.get(piece)
@@ -269,11 +271,12 @@ def test_the_text_beside_calls_may_have_a_form(
         assert follows(answer, parse(), tokenizer, vocabulary, text=text) is expected
 
 
-def test_a_whole_grammar_leaves_no_place_for_calls() -> None:
-    constraint = parse_constraint(None, {"grammar": 'start: "x"'})
-    with pytest.raises(InvalidRequest) as caught:
-        answer_grammar(parse(), constraint, turn_start_id=3, turn_end_id=4)
-    assert caught.value.param == "structured_outputs.grammar"
+def test_only_json_leaves_a_place_for_calls() -> None:
+    for form in ({"grammar": 'start: "x"'}, {"regex": "x"}, {"choice": ["x"]}):
+        constraint = parse_constraint(None, form)
+        with pytest.raises(InvalidRequest) as caught:
+            answer_form(parse(), constraint, CallFormat(3, 4))
+        assert caught.value.param == f"structured_outputs.{next(iter(form))}"
 
 
 def test_a_name_that_begins_another_one(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
@@ -282,3 +285,36 @@ def test_a_name_that_begins_another_one(tokenizer: Tokenizer, vocabulary: Vocabu
     for name, expected in (("get", True), ("get_all", True), ("get_al", False)):
         call = CALL.replace("weather", name)
         assert follows((call,), both, tokenizer, vocabulary) is expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ((" will call",), True),
+        ((ARROW, "and so on"), True),
+        ((" will call", *TURN, CALL), True),
+    ],
+)
+def test_within_a_text_no_call_begins_at_once(
+    answer: tuple[str, ...], expected: bool, tokenizer: Tokenizer, vocabulary: Vocabulary
+) -> None:
+    assert follows(answer, parse(), tokenizer, vocabulary, place="within") is expected
+
+
+@pytest.mark.parametrize(
+    "schema", [{}, {"properties": {"a": {}}}, {"anyOf": [{"type": "string"}, {"type": "object"}]}]
+)
+def test_arguments_are_an_object_whatever_the_schema_says(
+    schema: dict[str, Any], tokenizer: Tokenizer, vocabulary: Vocabulary
+) -> None:
+    tools = parse_tools([tool("f", parameters=schema)], "required", None)
+    assert tools is not None
+    for arguments, expected in (("{}", True), ("[]", False), ('"x"', False), ("null", False)):
+        call = f'{{"name": "f", "arguments": {arguments}}}'
+        assert follows((call,), tools, tokenizer, vocabulary) is expected
+
+
+def test_schemas_are_measured_as_they_are_sent() -> None:
+    description = {"type": "object", "description": "한" * 20_000}
+    tools = parse_tools([tool(f"f{i}", parameters=description) for i in range(4)], None, None)
+    assert tools is not None and len(tools.functions) == 4

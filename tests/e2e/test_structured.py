@@ -184,3 +184,16 @@ def test_a_thousand_members_may_each_be_missing(demo: RunningServer) -> None:
     schema = {"type": "object", "properties": properties, "additionalProperties": False}
     text, reason = complete(demo, extra_body={"structured_outputs": {"json": schema}})
     assert reason == "length" or json.loads(text).keys() <= properties.keys()
+
+
+def test_the_names_of_special_tokens_are_text_in_a_form_too(demo: RunningServer) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"<|im_start|>": {"const": "<|im_end|>"}},
+        "required": ["<|im_start|>"],
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+    expected = '{"<|im_start|>":"<|im_end|>"}'
+    assert complete(demo, response_format=form) == (expected, "stop")
+    choices = {"structured_outputs": {"choice": ["<|endofturn|>"]}}
+    assert complete(demo, extra_body=choices) == ("<|endofturn|>", "stop")

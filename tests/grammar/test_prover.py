@@ -107,7 +107,7 @@ async def test_a_thousand_members_are_possible(
         ("regex", r"(\w{1,200}\d){1,100}" * 12, "It is too complex."),
         ("grammar", MANY_WAYS, "It is too complex."),
         ("grammar", "start: thing", "It is not valid."),
-        ("grammar", "start: <|im_end|>", "Nothing satisfies it."),
+        ("grammar", "start: <|im_end|>", "It is not valid."),
         ("grammar", "start: <[3]>", "Nothing satisfies it."),
         ("grammar", '{"grammars": []}', "It is not valid."),
     ],
