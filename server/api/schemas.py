@@ -16,6 +16,7 @@ from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from server.chat.fields import as_string
 from server.chat.grammar import parse_constraint
 from server.chat.options import parse_request_options
 from server.chat.prepare import ChatRequest, RawPrompt
@@ -490,11 +491,22 @@ def check_together(request: ChatCompletionRequest) -> None:
                 "stream_options.continuous_usage_stats is not supported by this server.",
                 param="stream_options.continuous_usage_stats",
             )
-    if request.cache_salt is not None and len(request.cache_salt.encode()) > MAX_SALT_BYTES:
+    check_salt(request.cache_salt)
+    _check_hints(request)
+
+
+def check_salt(salt: object) -> str:
+    """The same, "" where there is none."""
+    if salt is None:
+        return ""
+    text = as_string(salt, "cache_salt")
+    if not text:
+        raise InvalidRequest("cache_salt must not be empty.", param="cache_salt")
+    if len(text.encode()) > MAX_SALT_BYTES:
         raise StringTooLong(
             f"cache_salt must be at most {MAX_SALT_BYTES} bytes long.", param="cache_salt"
         )
-    _check_hints(request)
+    return text
 
 
 def _check_hints(request: ChatCompletionRequest) -> None:

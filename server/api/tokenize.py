@@ -18,7 +18,7 @@ from server.api.json_body import json_response, read_json_object
 from server.api.media_usage import MediaUsage
 from server.api.metrics import counting_refusals
 from server.api.models import check_name, context_length
-from server.api.schemas import parse_ending
+from server.api.schemas import check_salt, parse_ending
 from server.api.sse import in_time
 from server.chat.options import parse_request_options
 from server.chat.prepare import ChatRequest, Preparer, RawPrompt
@@ -36,6 +36,7 @@ Result = TypeVar("Result")
 
 CONVERSATION_FIELDS: Final = (
     *("add_generation_prompt", "continue_final_message", "media_options", "tools", "tool_choice"),
+    "cache_salt",
 )
 """What has a meaning only with messages."""
 
@@ -129,6 +130,7 @@ async def _conversation(request: Request, body: Mapping[str, Any]) -> Sequence[i
             _flag(body, "add_generation_prompt"), _flag(body, "continue_final_message")
         ),
         tools=parse_tools(body.get("tools"), body.get("tool_choice"), None),
+        cache_salt=check_salt(body.get("cache_salt")),
     )
     preparer: Preparer = request.app.state.preparer
     metrics = request.app.state.metrics

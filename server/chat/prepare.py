@@ -278,6 +278,7 @@ class Preparer:
         """The prompt of a conversation with its media, however many ids that are."""
         messages = parse_messages(request.messages, self._limits)
         self._check_text_bytes(messages, request.functions)
+        self._call_format(request)  # what a chat refuses
         return await self._prompt(messages, request, tenant=tenant, must_fit=False)
 
     async def decode(self, ids: Sequence[object], param: str, *, tenant: str) -> str:

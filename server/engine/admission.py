@@ -129,10 +129,14 @@ class Admissions:
     def meet_crash(self, admitted: Admitted) -> None:
         """The process ended while it was, or may have been, computed: it waits for the next one."""
         admitted.num_crashes += 1
+        self.wait_again(admitted)
+        self._suspects[admitted.request.request_id] = admitted
+
+    def wait_again(self, admitted: Admitted) -> None:
+        """The process that had it is no more."""
         if not admitted.is_waiting:
             admitted.is_waiting = True
             self._count_waiting(admitted, 1)
-        self._suspects[admitted.request.request_id] = admitted
 
     def leave(self, admitted: Admitted) -> None:
         request = admitted.request

@@ -302,6 +302,8 @@ class EngineClient:
     def on_lost(self, *, is_final: bool) -> None:
         self._totals_of_the_gone = self._stats.totals
         self._stats = EngineStats(totals=self._totals_of_the_gone)
+        # Whose matcher was being started may have left meanwhile. Then it is nobody's crash.
+        is_gone = any(request_id not in self._requests for request_id in self._building_ids)
         # A process may end before its word of who joined has left it. Where nothing is known to
         # have been done for anybody, it may have been anyone who was sent.
         at_work = {
@@ -310,16 +312,20 @@ class EngineClient:
             if not admitted.is_waiting or admitted.request.request_id in self._building_ids
         }
         self._building_ids = frozenset()
-        self._quarantine.meet_crash(self._blamed(at_work))
+        if not is_gone:
+            self._quarantine.meet_crash(self._blamed(at_work))
         for admitted in self._requests:
             if is_final or not admitted.frames:
                 self._end(admitted, "worker_restarting")
                 continue
             is_at_work = admitted.request.request_id in at_work
-            if is_at_work if at_work else not admitted.is_held_back:
+            if is_gone:
+                self._requests.wait_again(admitted)
+            elif is_at_work if at_work else not admitted.is_held_back:
                 self._requests.meet_crash(admitted)
             admitted.is_held_back = admitted.num_crashes > 0
             if admitted.num_crashes >= MAX_CRASHES_MET:
+                self._quarantine.bar(admitted.request)
                 self._end(admitted, PoisonRequest.code)
 
     def _blamed(self, at_work: Collection[str]) -> list[GenerationRequest]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
@@ -19,7 +20,7 @@ from llguidance import LLMatcher
 from server.core import GenerationRequest
 from server.engine.grammars import GrammarCache
 from server.engine.sequence import TokenMask
-from server.grammar.matcher import Vocabulary, matcher_bytes, start_matcher
+from server.grammar.matcher import MAX_TOKEN_S, Vocabulary, matcher_bytes, start_matcher
 
 MAX_MASK_THREADS = 4
 """Masks that are made at once. They take turns with the model for the cores of a CPU."""
@@ -54,8 +55,14 @@ class GrammarMask:
         self._allowed = self._threads.submit(self._after, token_id)
 
     def _after(self, token_id: int) -> Words:
+        started_s = time.thread_time()
         self._matcher.consume_token(token_id)  # where it is no good, nothing is allowed after it
-        return self._computed()
+        words = self._computed()
+        if time.thread_time() - started_s > MAX_TOKEN_S:
+            # Where there are ever more ways to read what is written, the next takes longer still.
+            _log.info("A grammar takes too long to follow.")
+            return np.zeros_like(words)
+        return words
 
     def _computed(self) -> Words:
         words = np.zeros_like(self._texts)

@@ -46,6 +46,10 @@ class Quarantine:
         now_s = self._clock()
         self._met.extend((now_s, each) for each in set(map(fingerprint, requests)))
 
+    def bar(self, request: GenerationRequest) -> None:
+        """It is known to have been there at so many."""
+        self._met.extend([(self._clock(), fingerprint(request))] * MAX_CRASHES_MET)
+
     def is_barred(self, request: GenerationRequest) -> bool:
         while self._met and self._met[0][0] < self._clock() - KEPT_S:
             self._met.popleft()

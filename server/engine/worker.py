@@ -166,7 +166,8 @@ class Worker:
                 masks = waiting.masks.result()
             except Exception:
                 _log.exception("The masks of a request could not be made.")
-                self._emit([TokenEvent(request_id, None, "error", "internal_error")])
+                if waiting.choices:
+                    self._emit([TokenEvent(request_id, None, "error", "internal_error")])
                 continue
             self._add_to_scheduler(waiting, masks)
 
@@ -207,9 +208,8 @@ class Worker:
             return
         gone = [c for c in waiting.choices if message.choice in (None, c)]
         waiting.choices = [c for c in waiting.choices if c not in gone]
-        if not waiting.choices:
-            if waiting.masks is not None:
-                waiting.masks.cancel()
+        # What a thread is at cannot be ended: it keeps its turn, and is named if the process dies.
+        if not waiting.choices and (waiting.masks is None or waiting.masks.cancel()):
             self._line.remove(waiting, tenant=waiting.request.tenant)
             del self._building[message.request_id]
         self._emit([TokenEvent(message.request_id, None, "abort", choice=c) for c in gone])

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,7 @@ from server.engine.scheduler import Scheduler
 from server.engine.warm_up import warm_up
 from server.engine.worker import StepRunner, Worker
 from server.errors import CheckpointError, ConfigError
-from server.grammar.matcher import read_vocabulary
+from server.grammar.matcher import ENGINE_STACK_BYTES, read_vocabulary
 from server.kernels.machine import has_half_units
 from server.model.checkpoint import DTYPES, load_model, pack_for_cpu
 from server.model.config import CheckpointInfo, read_checkpoint
@@ -49,6 +50,7 @@ def serve(address: str, *, wrap: Callable[[Runner], StepRunner] = lambda runner:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s engine: %(message)s")
+    threading.stack_size(ENGINE_STACK_BYTES)  # for the threads that start and follow grammars
     channel = SocketChannel(address)
     try:
         worker = _load(channel, wrap)

@@ -10,7 +10,7 @@ import json
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -26,6 +26,14 @@ _LIMITS = LLParserLimits(
     max_items_in_row=5_000,
     verbose_errors=False,
 )
+
+MAX_TOKEN_S: Final = 0.05
+"""Of a processor, for one token of an answer: others wait for it."""
+
+PROOF_STACK_BYTES: Final = 16 << 20
+ENGINE_STACK_BYTES: Final = 64 << 20
+"""The library recurses over what the client wrote, by some 3 KB for each rule of a chain of rules.
+What passes on the smaller stack has room on the larger one, also where it is followed further."""
 
 _BYTES_OF_ANY_MATCHER = 768 * 1024
 _BYTES_PER_CHARACTER = 512

@@ -12,7 +12,9 @@ import re
 import resource
 import signal
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, TextIO
 
@@ -20,6 +22,8 @@ import numpy as np
 from llguidance import LLMatcher
 
 from server.grammar.matcher import (
+    MAX_TOKEN_S,
+    PROOF_STACK_BYTES,
     GrammarError,
     Vocabulary,
     matcher_bytes,
@@ -30,7 +34,6 @@ from server.grammar.matcher import (
 MAX_DETAIL_CHARS: Final = 64
 
 MAX_START_S: Final = 0.5
-MAX_STEP_S: Final = 0.05
 NUM_STEPS_TRIED: Final = 16
 
 _VERDICTS: Final[tuple[tuple[re.Pattern[str], str], ...]] = (
@@ -53,10 +56,14 @@ def serve(folder: Path, lines: TextIO, out: TextIO, *, memory_bytes: int, alarm_
     vocabulary = read_vocabulary(folder)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    threading.stack_size(PROOF_STACK_BYTES)
     _say(out, "ready")
     for line in lines:
         signal.alarm(alarm_s)
-        _say(out, *_tried(vocabulary, json.loads(line)))
+        # In a thread, because the stack of a process is what its machine says.
+        with ThreadPoolExecutor(1) as thread:
+            verdict = thread.submit(_tried, vocabulary, json.loads(line)).result()
+        _say(out, *verdict)
         signal.alarm(0)
 
 
@@ -97,7 +104,7 @@ def _goes_on_well(matcher: LLMatcher) -> bool:
         matcher.consume_token(int(allowed[0 if step % 2 else -1]))
         if matcher.is_error():
             raise GrammarError(matcher.get_error())
-        if time.process_time() - started_s > MAX_STEP_S:
+        if time.process_time() - started_s > MAX_TOKEN_S:
             return False
         if matcher.is_stopped():
             break

@@ -285,6 +285,9 @@ def test_tools_are_counted_by_tokenize(scripted: Scripted) -> None:
     assert counted == answered["usage"]["prompt_tokens"]
     plain = server.http.post("/tokenize", json={"messages": [USER]}).json()["count"]
     assert counted > plain + 20
+    for refused in ({"continue_final_message": True}, {"add_generation_prompt": False}):
+        response = server.http.post("/tokenize", json=asked | refused)
+        assert_error(response, 400, "invalid_value", param="tool_choice")
     response = server.http.post("/tokenize", json={"prompt": "x", "tools": [TOOL]})
     assert_error(response, 400, "unsupported_parameter", param="tools")
 

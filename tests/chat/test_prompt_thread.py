@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from server.chat.prompt_thread import PromptThread
-from server.errors import RateLimited, Unavailable
+from server.errors import RateLimited, ShuttingDown, Unavailable
 
 pytestmark = pytest.mark.asyncio
 
@@ -103,3 +103,31 @@ async def test_a_failed_work_is_the_failure_of_its_caller_alone() -> None:
         await thread.run(fail, tenant="a")
     assert await (await works.send("a1")) == "a1"
     thread.close()
+
+
+async def test_who_leaves_while_his_prompt_is_encoded_frees_no_thread() -> None:
+    thread = PromptThread(max_waiting=10)
+    works = Works(thread)
+    held = await works.hold()
+    first = await works.send("a1")
+    held.cancel()
+    await asyncio.sleep(0.05)
+    assert not works.done and not first.done()
+    second = await works.send("b1")
+    works.gate.set()
+    assert await asyncio.gather(first, second) == ["a1", "b1"]
+    thread.close()
+
+
+async def test_who_waits_or_comes_when_it_closes_is_told_so() -> None:
+    thread = PromptThread(max_waiting=10)
+    works = Works(thread)
+    held = await works.hold()
+    waiting = [await works.send(name) for name in ("a1", "b1")]
+    thread.close()
+    for each in [*waiting, await works.send("c1")]:
+        with pytest.raises(ShuttingDown):
+            await each
+    works.gate.set()
+    assert await held == "held"
+    assert works.done == []

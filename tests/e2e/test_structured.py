@@ -197,3 +197,38 @@ def test_the_names_of_special_tokens_are_text_in_a_form_too(demo: RunningServer)
     assert complete(demo, response_format=form) == (expected, "stop")
     choices = {"structured_outputs": {"choice": ["<|endofturn|>"]}}
     assert complete(demo, extra_body=choices) == ("<|endofturn|>", "stop")
+
+
+def deep(num_rules: int) -> dict[str, Any]:
+    """A chain of rules, over which the library recurses."""
+    rules = "\n".join(f"r{index}: r{index + 1}" for index in range(num_rules))
+    grammar = f'start: ((((((((((r0))))))))))\n{rules}\nr{num_rules}: "a"'
+    return {"structured_outputs": {"grammar": grammar}}
+
+
+@pytest.mark.parametrize("num_rules", [500, 2_600, 2_667, 2_690, 3_800])
+def test_what_passes_the_proof_is_no_danger_to_the_engine(
+    demo: RunningServer, num_rules: int
+) -> None:
+    """At depths where the stack of a process ends, and of a thread."""
+    for _ in range(3):
+        try:
+            assert complete(demo, extra_body=deep(num_rules)) == ("a", "stop")
+        except openai.BadRequestError as error:
+            assert error.code == "invalid_json_schema"
+    assert demo.metrics()["hcx_engine_restarts_total"] == 0
+
+
+def test_a_form_with_ever_more_readings_is_ended_and_its_neighbours_go_on(
+    demo: RunningServer,
+) -> None:
+    ambiguous = {"structured_outputs": {"grammar": "start: s\ns: s s s | s s | /[a-z ]/"}}
+    question = "What is in the picture?"
+    alone = demo.ask(question)
+    with ThreadPoolExecutor(1) as threads:
+        fields = {"extra_body": ambiguous | {"min_tokens": 1500}, "temperature": 1.5}
+        hard = threads.submit(complete, demo, max_tokens=1600, **fields)
+        assert demo.ask(question) == alone
+        with pytest.raises(openai.BadRequestError) as caught:
+            hard.result(timeout=120)
+    assert caught.value.code == "invalid_json_schema"

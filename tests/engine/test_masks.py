@@ -428,3 +428,14 @@ def test_a_form_that_turns_out_too_complex_ends_its_answer_and_no_other(
     assert text.startswith(b"q") and reason == "error"
     assert ask.error_codes == {"hard": "invalid_json_schema"}
     assert not [each for each in caplog.records if each.levelno >= logging.WARNING]
+
+
+def test_a_form_that_takes_too_long_for_a_token_ends_its_answer(
+    ask: Ask, ends: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = request_of("slow", {"grammar": "start: s\ns: s s s | s s | /[a-z ]/"}, ends)
+    assert ask(slow)["slow"][1] in ("stop", "length")
+    monkeypatch.setattr("server.engine.masks.MAX_TOKEN_S", 0.0)
+    text, reason = ask(slow)["slow"]
+    assert (len(text), reason) == (1, "error")
+    assert ask.error_codes == {"slow": "invalid_json_schema"}

@@ -22,6 +22,8 @@ def test_what_met_two_crashes_is_barred_for_a_while() -> None:
     clock.now_s = 100.0
     quarantine.meet_crash([request])
     assert quarantine.is_barred(request) and not quarantine.is_barred(other)
+    quarantine.bar(make_request("c", prompt=(7,)))
+    assert quarantine.is_barred(make_request("d", prompt=(7,)))
     clock.now_s = KEPT_S + 1
     assert not quarantine.is_barred(request)  # the first crash is forgotten
     quarantine.meet_crash([request])

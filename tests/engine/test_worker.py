@@ -493,3 +493,33 @@ def test_who_is_aborted_in_line_is_never_built() -> None:
     assert set(masks.begun) == set(names[:-1])
     assert [event.request_id for event in channel.events] == [names[-1], names[0]]
     assert told(channel)[-1] == tuple(names[1:-1])
+
+
+def test_who_is_aborted_while_a_thread_builds_is_still_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It cannot be ended there: if it ends the process, nobody else is to be blamed."""
+    masks = MasksByHand()
+    ready: list[TokenMask] = [Anything()]
+
+    def run_both() -> None:
+        for future in masks.begun.values():
+            assert future.set_running_or_notify_cancel()
+
+    when_asked(
+        monkeypatch,
+        {1: run_both, 3: lambda: [each.set_result(ready) for each in masks.begun.values()]},
+    )
+    script: list[list[ToEngine]] = [
+        [submit_of("t", "deadly"), submit_of("t", "other")],
+        [],
+        [Abort("deadly")],
+        *[[] for _ in range(4)],
+    ]
+    channel, scheduler = run(script, masks=masks)
+    assert told(channel) == [("deadly", "other"), ()]
+    assert channel.events == [
+        TokenEvent("deadly", None, "abort"),
+        TokenEvent("other", 7, "length"),
+    ]
+    assert scheduler.idle
