@@ -51,7 +51,8 @@ class GrammarMask:
         return self._allowed.result()
 
     def accept(self, token_id: int) -> None:
-        wait([self._allowed])
+        if not self._allowed.done():
+            wait([self._allowed])
         self._allowed = self._threads.submit(self._after, token_id)
 
     def _after(self, token_id: int) -> Words:

@@ -147,7 +147,8 @@ def _adjust(logits: Tensor, row: SamplingRow) -> None:
         if forbidden is None or not bool(forbidden.index_fill(0, ends, True).all()):
             logits[ends] = -math.inf
     if forbidden is not None:
-        logits.masked_fill_(forbidden, -math.inf)
+        least = torch.full((), -math.inf, device=logits.device)
+        torch.where(forbidden, least, logits, out=logits)  # a CPU fills by a mask half as fast
 
 
 def _forbidden(mask: npt.NDArray[np.int32], logits: Tensor) -> Tensor:
@@ -156,9 +157,9 @@ def _forbidden(mask: npt.NDArray[np.int32], logits: Tensor) -> Tensor:
     if mask.shape != (-(-num_ids // 32),):
         raise ValueError(f"a mask of shape {mask.shape} for {num_ids} ids")
     # Little-endian words, so that bit i is bit i % 8 of byte i // 8 as well.
-    packed = torch.from_numpy(mask.astype("<i4")).view(torch.uint8).to(logits.device)
-    bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=logits.device)
-    return (packed[:, None] & bits == 0).flatten()[:num_ids]
+    unset = np.invert(mask.astype("<i4")).view(np.uint8)
+    bits = np.unpackbits(unset, bitorder="little", count=num_ids)
+    return torch.from_numpy(bits.view(np.bool_)).to(logits.device)
 
 
 def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
