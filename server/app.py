@@ -27,6 +27,8 @@ from server.api.health import Lifecycle
 from server.api.json_body import error_response
 from server.api.metrics import read_engine, read_media, read_requests
 from server.api.middleware import (
+    ALL_METHODS,
+    NEVER_ROUTED,
     OPEN_PATHS,
     Authentication,
     BodyLimit,
@@ -212,4 +214,6 @@ async def _answer_routing_error(
         if "GET" in methods:
             methods.add("HEAD")
         return error_response(MethodNotAllowed(), headers={"allow": ", ".join(sorted(methods))})
+    if request.method in NEVER_ROUTED:
+        return error_response(MethodNotAllowed(), headers={"allow": ALL_METHODS})
     return error_response(UnknownUrl())

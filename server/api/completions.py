@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from server.api.dry_run import refuse_dry_run
 from server.api.health import not_ready
 from server.api.json_body import json_response, read_json_object
 from server.api.metrics import counted, counting_refusals
@@ -57,6 +58,7 @@ async def completions(request: Request) -> Response:
     if unavailable is not None:
         raise unavailable
 
+    refuse_dry_run(request)
     body = await read_json_object(request)
     parsed = parse_completion_request(body, is_strict=state.http.strict)
     request.state.num_unknown_parameters = parsed.num_unknown

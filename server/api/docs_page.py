@@ -163,8 +163,9 @@ def _schema_section(name: str, schema: Mapping[str, Any]) -> str:
     ]
     whole = _prose(schema["description"]) if "description" in schema else _type_of(schema)
     closed = " No other fields." if schema.get("additionalProperties") is False else ""
+    stop = "" if whole.endswith(".") else "."
     return (
-        f'<h3 id="schema-{escape(name)}">{escape(name)}</h3>\n<p>{whole}.{closed}</p>\n'
+        f'<h3 id="schema-{escape(name)}">{escape(name)}</h3>\n<p>{whole}{stop}{closed}</p>\n'
         + _table(rows)
     )
 
@@ -181,6 +182,10 @@ def _type_of(schema: Mapping[str, Any]) -> str:
         return _code(_shown(schema["const"]))
     if "enum" in schema:
         return " or ".join(_code(_shown(value)) for value in schema["enum"])
+    if "contentSchema" in schema:
+        return f"JSON of {_type_of(schema['contentSchema'])}"
+    if schema.get("properties", {}).keys() >= {"data"}:  # an event of a stream
+        return f"events whose data is {_type_of(schema['properties']['data'])}"
     kind = schema.get("type", "any value")
     kinds = " or ".join(kind) if isinstance(kind, list) else str(kind)
     if kinds == "array":

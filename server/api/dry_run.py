@@ -12,7 +12,7 @@ from server.api.models import ServedModel
 from server.chat.prepare import Prepared
 from server.chat.tokenizer import Tokenizer
 from server.core import GenerationRequest
-from server.errors import InvalidRequest, quoted
+from server.errors import InvalidRequest, UnsupportedParameter, quoted
 
 PARAMETER = "dry_run"
 _VALUES = {"true": True, "false": False}
@@ -28,6 +28,12 @@ def is_dry_run(request: Request) -> bool:
             f"{PARAMETER} must be true or false, not {quoted(given[-1])}.", param=PARAMETER
         )
     return _VALUES[given[0]]
+
+
+def refuse_dry_run(request: Request) -> None:
+    """For what has none: whoever asks for it does not want to pay for an answer."""
+    if PARAMETER in request.query_params:
+        raise UnsupportedParameter(f"{PARAMETER} is known to chats alone.", param=PARAMETER)
 
 
 def described(

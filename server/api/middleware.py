@@ -62,8 +62,8 @@ MULTIPART_PATHS: Final = frozenset({"/v1/files", "/v1/chat/completions"})
 """Their bodies may be longer, where they come as multipart/form-data."""
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
-_NEVER_ROUTED: Final = frozenset({"OPTIONS", "TRACE", "CONNECT"})
-_ALL_METHODS: Final = "GET, HEAD, POST, DELETE"
+NEVER_ROUTED: Final = frozenset({"OPTIONS", "TRACE", "CONNECT"})
+ALL_METHODS: Final = "GET, HEAD, POST, DELETE"
 _MAX_LOGGED_CHARS = 128
 # How much longer a client may go on sending after its answer, so that it gets to read the answer.
 _LINGER_S = 2.0
@@ -272,8 +272,8 @@ class Authentication:
 
 
 def _refusal_without_key(method: str) -> Response:
-    if method in _NEVER_ROUTED:
-        return error_response(MethodNotAllowed(), headers={"allow": _ALL_METHODS})
+    if method in NEVER_ROUTED:
+        return error_response(MethodNotAllowed(), headers={"allow": ALL_METHODS})
     return error_response(InvalidApiKey())
 
 

@@ -41,6 +41,9 @@ BUSY_STATUSES: Final = (503,)
 COMMON_STATUSES: Final = (408, 413, 415, 431, 500)
 """Answered on every route: the request itself cannot be taken, or the fault is ours."""
 
+LATE_STATUSES: Final = (400, 429, 500, 503, 504, 507)
+"""Of the errors that may come after a stream has begun: its headers wait ten seconds at most."""
+
 _BEARER: Final = "key"
 
 
@@ -69,16 +72,31 @@ class Described:
     needs_files: bool = False
 
 
-def _events(chunk: str) -> Schema:
+def _piece(*names: str) -> Schema:
+    piece = {"anyOf": [reference(each) for each in names]}
+    return {"type": "string", "contentMediaType": JSON, "contentSchema": piece}
+
+
+def _chunks(chunk: str) -> Schema:
     """One event of a stream."""
-    pieces = (chunk, *map(error_name, (500, 503, 504)))
-    piece = {"anyOf": [reference(each) for each in pieces]}
-    in_json = {"type": "string", "contentMediaType": JSON, "contentSchema": piece}
+    data = _piece(chunk, *map(error_name, LATE_STATUSES))
     return record(
-        {"data": {"anyOf": [in_json, one_of("[DONE]")]}},
+        {"data": {"anyOf": [data, one_of("[DONE]")]}},
         description=(
             f"Server-sent events: each `data` is a {chunk} as JSON, the last one `[DONE]`. An "
             "error after the first event is one `data` with the error object."
+        ),
+    )
+
+
+def _typed_events(event: str) -> Schema:
+    """The same where each has a name; an error is one of them."""
+    return record(
+        {"event": {"type": "string"}, "data": {"anyOf": [_piece(event), one_of("[DONE]")]}},
+        required=("data",),
+        description=(
+            f"Server-sent events: each `data` is a {event} as JSON, its type the `event`. The last "
+            "one is response.completed or response.incomplete; or error, and then `[DONE]`."
         ),
     )
 
@@ -100,7 +118,7 @@ ROUTES: Final = (
         "A conversation's next turn, whole or streamed",
         {
             JSON: {"anyOf": [reference("ChatCompletion"), reference("ChatDryRun")]},
-            EVENTS: _events("ChatCompletionChunk"),
+            EVENTS: _chunks("ChatCompletionChunk"),
         },
         (400, 404, 504, 507),
         parameters=(DRY_RUN,),
@@ -121,7 +139,7 @@ ROUTES: Final = (
         "createCompletion",
         "Answers",
         "What follows a prompt as it stands",
-        {JSON: reference("Completion"), EVENTS: _events("CompletionChunk")},
+        {JSON: reference("Completion"), EVENTS: _chunks("CompletionChunk")},
         (400, 404, 504),
         body={JSON: reference("CompletionRequest")},
     ),
@@ -131,7 +149,7 @@ ROUTES: Final = (
         "createResponse",
         "Answers",
         "OpenAI's Responses, of which nothing is kept",
-        {JSON: reference("Response"), EVENTS: _events("ResponseEvent")},
+        {JSON: reference("Response"), EVENTS: _typed_events("ResponseEvent")},
         (400, 404, 504, 507),
         body={JSON: reference("ResponseRequest")},
         headers=("server-timing",),
@@ -358,7 +376,7 @@ HEADERS: Final[Mapping[str, Schema]] = {
         {"type": "integer", "minimum": 1, "maximum": 60}, "Seconds to wait.", is_required=True
     ),
     "x-should-retry": _header(
-        one_of("true", "false"), "Whether sending it again may help.", is_required=True
+        one_of("true", "false"), "Whether sending it again may help, where that is known."
     ),
     "www-authenticate": _header(one_of("Bearer"), "How to authenticate.", is_required=True),
     "allow": _header({"type": "string"}, "The methods that the URL takes.", is_required=True),
@@ -396,8 +414,9 @@ ERROR_HEADERS: Final[Mapping[int, tuple[str, ...]]] = {
 
 _INTRODUCTION: Final = (
     "An OpenAI-compatible server for HyperCLOVAX-SEED-Vision-Instruct-3B and its family. "
-    "Of top-level fields those that nobody knows are {unknown}; within messages, content parts and "
-    "options they are refused. Null is the same as nothing. Every error has the same body; an "
+    "Of top-level fields those that nobody knows are {unknown}; within messages, content parts, "
+    "tools and media options they are refused. Null is the same as nothing. Every error has the "
+    "same body; an "
     "unknown URL is answered 404 `unknown_url`, a method that a URL does not take 405 "
     "`method_not_allowed` with `Allow`, and HEAD as GET, without the body."
 )

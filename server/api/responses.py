@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from server.api.dry_run import refuse_dry_run
 from server.api.generation import Generation, refuse_unless_ready
 from server.api.json_body import json_response, read_json_object
 from server.api.models import check_name
@@ -72,6 +73,7 @@ def _deadline_s(request: Request) -> float:
 async def _read(request: Request) -> ResponseRequest:
     # Before anything is read, decoded or tokenised; `Generation.start` asks again.
     refuse_unless_ready(request)
+    refuse_dry_run(request)
     state = request.app.state
     body = await read_json_object(request)
     parsed = parse_response_request(body, is_strict=state.http.strict)

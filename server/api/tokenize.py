@@ -14,11 +14,12 @@ from typing import Any, Final, TypeVar
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from server.api.dry_run import refuse_dry_run
 from server.api.json_body import json_response, read_json_object
 from server.api.media_usage import MediaUsage
 from server.api.metrics import counting_refusals
 from server.api.models import check_name, context_length
-from server.api.schemas import check_salt, parse_ending
+from server.api.schemas import UNSUPPORTED, check_names, check_salt, parse_ending
 from server.api.sse import in_time
 from server.chat.options import parse_request_options
 from server.chat.prepare import ChatRequest, Preparer, RawPrompt
@@ -27,9 +28,7 @@ from server.errors import (
     InvalidType,
     MediaError,
     MissingParameter,
-    UnknownParameter,
     UnsupportedParameter,
-    quoted,
 )
 
 Result = TypeVar("Result")
@@ -43,6 +42,10 @@ CONVERSATION_FIELDS: Final = (
 TOKENIZE_FIELDS: Final = frozenset(
     {"model", "prompt", "messages", "add_special_tokens", *CONVERSATION_FIELDS}
 )
+TOKENIZE_UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
+    name: neutral for name, neutral in UNSUPPORTED.items() if name not in TOKENIZE_FIELDS
+} | {"return_token_strs": (False,)}
+
 DETOKENIZE_FIELDS: Final = frozenset({"model", "tokens"})
 
 router = APIRouter()
@@ -51,7 +54,7 @@ router = APIRouter()
 @router.post("/tokenize")
 async def tokenize(request: Request) -> Response:
     """`{"prompt": text}` as a completion's, or `{"messages": [...]}` as a conversation's prompt."""
-    body = await _read(request, TOKENIZE_FIELDS)
+    body = await _read(request, TOKENIZE_FIELDS, TOKENIZE_UNSUPPORTED)
     prompt, messages = body.get("prompt"), body.get("messages")
     if (prompt is None) == (messages is None):
         raise MissingParameter("Either prompt or messages is required.", param="prompt")
@@ -64,7 +67,7 @@ async def tokenize(request: Request) -> Response:
 @router.post("/detokenize")
 async def detokenize(request: Request) -> Response:
     """The text of `{"tokens": [...]}`, to which special tokens add nothing."""
-    body = await _read(request, DETOKENIZE_FIELDS)
+    body = await _read(request, DETOKENIZE_FIELDS, {})
     tokens = body.get("tokens")
     if tokens is None:
         raise MissingParameter("tokens is required.", param="tokens")
@@ -143,12 +146,16 @@ async def _conversation(request: Request, body: Mapping[str, Any]) -> Sequence[i
     return prompt.ids
 
 
-async def _read(request: Request, known: frozenset[str]) -> dict[str, Any]:
-    """The body; with a `model` only one that is served, and nothing that would be ignored."""
+async def _read(
+    request: Request, known: frozenset[str], unsupported: Mapping[str, tuple[object, ...]]
+) -> dict[str, Any]:
+    """The body; with a `model` only one that is served."""
+    state = request.app.state
+    refuse_dry_run(request)
     body = await read_json_object(request)
-    for name in body:
-        if name not in known:
-            raise UnknownParameter(f"Unknown parameter {quoted(name)}.", param=name[:64])
+    num_unknown = check_names(body, known, unsupported, is_strict=state.http.strict)
+    request.state.num_unknown_parameters = num_unknown
+    state.metrics.count_unknown_parameters(num_unknown)
     model = body.get("model")
     if model is not None:
         if not isinstance(model, str):

@@ -37,7 +37,7 @@ from server.api.schemas import (
     CompletionFields,
     StreamOptions,
 )
-from server.api.tokenize import CONVERSATION_FIELDS
+from server.api.tokenize import CONVERSATION_FIELDS, TOKENIZE_UNSUPPORTED
 from server.chat.grammar import MAX_ENUM_VALUES, MAX_REGEX_CHARS, MAX_SCHEMA_BYTES
 from server.chat.options import FIELDS_OF, MAX_FPS, MIN_FPS, Detail
 from server.chat.parts import (
@@ -595,9 +595,10 @@ def _requests(*, is_strict: bool) -> dict[str, Schema]:
                         "messages": NULL,
                         "add_special_tokens": or_null(FLAG),
                         **dict.fromkeys(CONVERSATION_FIELDS, NULL),
+                        **neutral_only(TOKENIZE_UNSUPPORTED),
                     },
                     required=("prompt",),
-                    is_closed=True,
+                    is_closed=is_strict,
                 ),
                 record(
                     {
@@ -606,14 +607,15 @@ def _requests(*, is_strict: bool) -> dict[str, Schema]:
                         "prompt": NULL,
                         "add_special_tokens": one_of(False, None),
                         **{name: chat[name] for name in CONVERSATION_FIELDS},
+                        **neutral_only(TOKENIZE_UNSUPPORTED),
                     },
                     required=("messages",),
-                    is_closed=True,
+                    is_closed=is_strict,
                 ),
             ]
         },
         "DetokenizeRequest": record(
-            {**of_both, "tokens": _TOKEN_IDS}, required=("tokens",), is_closed=True
+            {**of_both, "tokens": _TOKEN_IDS}, required=("tokens",), is_closed=is_strict
         ),
         "ChatCompletionForm": record(
             {"request": reference("ChatCompletionRequest")},

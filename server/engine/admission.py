@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,6 +19,9 @@ MAX_WAITING_CAPACITIES = 4
 """How many times the cache's capacity the waiting prompts may be, together."""
 
 MAX_WAITING_TILE_BYTES = 1 << 30
+
+MAX_DEPARTED = 4_096
+"""Requests whose leaving the engine has not confirmed; the oldest are forgotten."""
 
 Shortage = Literal[
     "key_requests", "waiting_requests", "waiting_prompt_tokens", "waiting_tile_bytes"
@@ -152,3 +155,62 @@ class Admissions:
         self._num_waiting += change * admitted.request.num_choices
         self._waiting_prompt_tokens += change * len(admitted.request.prompt_ids)
         self._waiting_tile_bytes += change * admitted.num_tile_bytes
+
+
+@dataclass(slots=True)
+class _Departed:
+    request: GenerationRequest
+    is_at_work: bool
+    is_known_to_engine: bool = False
+
+
+class Departures:
+    """Requests that nobody waits for any more, until the engine has let go of them too.
+
+    If its process ends before that, they are among those who may have ended it.
+    """
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, _Departed] = {}
+        self._building_ids: frozenset[str] = frozenset()
+
+    def add(self, admitted: Admitted) -> None:
+        """The engine is told to abort it."""
+        departed = _Departed(admitted.request, is_at_work=not admitted.is_waiting)
+        self._by_id[admitted.request.request_id] = departed
+        if len(self._by_id) > MAX_DEPARTED:
+            del self._by_id[next(iter(self._by_id))]
+
+    def join(self, request_id: str) -> None:
+        """It was started before the engine heard that it should not be."""
+        if request_id in self._by_id:
+            self._by_id[request_id].is_at_work = True
+
+    def end(self, request_id: str) -> None:
+        """The engine has aborted it, but for what a thread may still be building for it."""
+        if request_id in self._by_id:
+            self._by_id[request_id].is_known_to_engine = True
+            self._forget()
+
+    def build(self, request_ids: Iterable[str]) -> None:
+        """So many grammars are being started, and no others."""
+        self._building_ids = frozenset(request_ids)
+        self._forget()
+
+    def take_at_work(self) -> list[GenerationRequest]:
+        """Those who were there when the process ended; none is left."""
+        there = [
+            departed.request
+            for request_id, departed in self._by_id.items()
+            if departed.is_at_work or request_id in self._building_ids
+        ]
+        self._by_id.clear()
+        self._building_ids = frozenset()
+        return there
+
+    def _forget(self) -> None:
+        self._by_id = {
+            request_id: departed
+            for request_id, departed in self._by_id.items()
+            if not departed.is_known_to_engine or request_id in self._building_ids
+        }

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from server.config import EngineConfig, ModelConfig
 from server.core import GenerationRequest, Tiles, TokenEvent, VisionSpec
-from server.engine.admission import Admissions, Admitted, Shortage
+from server.engine.admission import Admissions, Admitted, Departures, Shortage
 from server.engine.facts import STEP_BOUNDS_S, EngineFacts, EngineStats, EngineStatus, QueueStats
 from server.engine.messages import Abort, Start, encode, submit_frames
 from server.engine.process import ENTRY_MODULE, EngineProcess, RestartPolicy
@@ -177,6 +177,7 @@ class EngineClient:
             max_waiting=engine.max_requests_waiting, max_per_tenant=max_requests_per_tenant
         )
         self._building_ids: frozenset[str] = frozenset()
+        self._departures = Departures()
         self._quarantine = Quarantine()
         self._stats = EngineStats()
         self._totals_of_the_gone = self._stats.totals
@@ -273,16 +274,21 @@ class EngineClient:
 
     def on_building(self, request_ids: Sequence[str]) -> None:
         self._building_ids = frozenset(request_ids)
+        self._departures.build(request_ids)
 
     def on_joined(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
             admitted = self._requests.get(request_id)
             if admitted is not None:
                 self._requests.start(admitted)
+            else:
+                self._departures.join(request_id)
 
     def on_events(self, events: Sequence[TokenEvent]) -> None:
         for event in events:
             admitted = self._requests.get(event.request_id)
+            if admitted is None and event.finish_reason is not None:
+                self._departures.end(event.request_id)
             if admitted is None or event.choice not in admitted.running:
                 continue  # its stream was closed meanwhile, or it was
             admitted.mailbox.put_nowait(event)
@@ -302,8 +308,7 @@ class EngineClient:
     def on_lost(self, *, is_final: bool) -> None:
         self._totals_of_the_gone = self._stats.totals
         self._stats = EngineStats(totals=self._totals_of_the_gone)
-        # Whose matcher was being started may have left meanwhile. Then it is nobody's crash.
-        is_gone = any(request_id not in self._requests for request_id in self._building_ids)
+        departed = self._departures.take_at_work()
         # A process may end before its word of who joined has left it. Where nothing is known to
         # have been done for anybody, it may have been anyone who was sent.
         at_work = {
@@ -312,14 +317,15 @@ class EngineClient:
             if not admitted.is_waiting or admitted.request.request_id in self._building_ids
         }
         self._building_ids = frozenset()
-        if not is_gone:
-            self._quarantine.meet_crash(self._blamed(at_work))
+        self._quarantine.meet_crash(
+            [*departed, *self._blamed(at_work, has_departed=bool(departed))]
+        )
         for admitted in self._requests:
             if is_final or not admitted.frames:
                 self._end(admitted, "worker_restarting")
                 continue
             is_at_work = admitted.request.request_id in at_work
-            if is_gone:
+            if departed:  # it may have been theirs: nobody who is still here is held back for it
                 self._requests.wait_again(admitted)
             elif is_at_work if at_work else not admitted.is_held_back:
                 self._requests.meet_crash(admitted)
@@ -328,11 +334,12 @@ class EngineClient:
                 self._quarantine.bar(admitted.request)
                 self._end(admitted, PoisonRequest.code)
 
-    def _blamed(self, at_work: Collection[str]) -> list[GenerationRequest]:
+    def _blamed(self, at_work: Collection[str], *, has_departed: bool) -> list[GenerationRequest]:
         """Those that were computed; of them the one that was tried for an earlier crash, if any."""
         there = [each for each in self._requests if each.request.request_id in at_work]
         tried = [each for each in there if each.num_crashes and each.frames]
-        return [admitted.request for admitted in tried or there]
+        blamed = there if has_departed else tried or there
+        return [admitted.request for admitted in blamed]
 
     def _send_next_suspect(self) -> None:
         """Those that a crash has met go one after another, so that one is guilty of the next."""
@@ -386,6 +393,7 @@ class EngineClient:
         self._metrics.count_rejection("waiting_time")
         self._process.send([encode(Abort(request_id))])
         self._end(admitted, "server_is_overloaded")
+        self._departures.add(admitted)
 
     def _abort_from_anywhere(self, request_id: str, choice: int | None) -> None:
         """From a finaliser, so possibly from another thread or after the end of the loop."""
@@ -402,6 +410,7 @@ class EngineClient:
             self._process.send([encode(Abort(request_id, choice))])
         if not left:
             self._requests.leave(admitted)
+            self._departures.add(admitted)
             self._send_next_suspect()
 
     def _end(self, admitted: Admitted, error_code: str) -> None:

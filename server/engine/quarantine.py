@@ -27,7 +27,13 @@ def fingerprint(request: GenerationRequest) -> bytes:
     """SHA-256 of what is computed; the same for whoever asks, and under whatever id."""
     sampling = replace(request.sampling, seed=None)
     asked = replace(
-        request, request_id="", tenant="", cache_salt="", prompt_ids=(), sampling=sampling
+        request,
+        request_id="",
+        tenant="",
+        cache_salt="",
+        priority=0,
+        prompt_ids=(),
+        sampling=sampling,
     )
     digest = hashlib.sha256(np.asarray(request.prompt_ids, np.int64).tobytes())
     digest.update(repr(asked).encode())

@@ -157,17 +157,22 @@ def test_without_keys_everyone_is_one_tenant(server: Server) -> None:
 
 @pytest.mark.parametrize("method", ["OPTIONS", "TRACE", "CONNECT"])
 @pytest.mark.parametrize("path", [URL, "/health", "/nope"])
-def test_methods_that_no_route_has(locked: Server, method: str, path: str) -> None:
+@pytest.mark.parametrize("has_keys", [True, False])
+def test_methods_that_no_route_has(
+    locked: Server, server: Server, method: str, path: str, has_keys: bool
+) -> None:
+    asked = locked if has_keys else server
     if method == "CONNECT":
         request = f"CONNECT {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
-        status, headers, body = raw(locked, request)
+        status, headers, body = raw(asked, request)
         assert status == 405
         assert_error_body(body, headers, 405, "method_not_allowed", param=None)
     else:
-        response = locked.http.request(method, path)
+        response = asked.http.request(method, path)
         assert_error(response, 405, "method_not_allowed")
         headers = dict(response.headers)
-    assert headers["allow"] == ("GET, HEAD" if path == "/health" else "GET, HEAD, POST, DELETE")
+    allowed = {"/health": "GET, HEAD", URL: "GET, HEAD, POST, DELETE" if has_keys else "POST"}
+    assert headers["allow"] == allowed.get(path, "GET, HEAD, POST, DELETE")
     assert not any(name.startswith("access-control") for name in headers)
 
 

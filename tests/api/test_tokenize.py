@@ -106,7 +106,12 @@ PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA
             "add_special_tokens",
         ),
         ("/tokenize", {"prompt": "a" * (16 * CONTEXT + 1)}, "context_length_exceeded", "prompt"),
-        ("/tokenize", {"prompt": "a", "x": 1}, "unknown_parameter", "x"),
+        (
+            "/tokenize",
+            {"prompt": "h", "chat_template": "x"},
+            "unsupported_parameter",
+            "chat_template",
+        ),
         ("/tokenize", {"prompt": "a", "model": 1}, "invalid_type", "model"),
         ("/tokenize", {"messages": []}, "invalid_value", "messages"),
         ("/tokenize", {"messages": "hi"}, "invalid_type", "messages"),
@@ -241,3 +246,13 @@ def test_another_model_is_not_found(server: Server) -> None:
     for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": []})):
         response = server.http.post(path, json=body | {"model": "gpt-4o"})
         assert_error(response, 404, "model_not_found", param="model")
+
+
+def test_what_nobody_knows_is_counted_and_what_generates_nothing_has_no_dry_run(
+    server: Server,
+) -> None:
+    assert server.http.post("/tokenize", json={"prompt": "h", "x": 1}).status_code == 200
+    assert server.http.post("/detokenize", json={"tokens": [1], "x": 1}).status_code == 200
+    for path in ("/tokenize", "/detokenize", "/v1/completions", "/v1/responses"):
+        response = server.http.post(f"{path}?dry_run=true", json={})
+        assert_error(response, 400, "unsupported_parameter", param="dry_run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import fields, replace
 
 import pytest
@@ -9,11 +10,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from server.core import GenerationRequest
 from server.engine.admission import (
+    MAX_DEPARTED,
     MAX_WAITING_CAPACITIES,
     MAX_WAITING_TILE_BYTES,
     Admissions,
     Admitted,
+    Departures,
     Shortage,
 )
 from server.engine.facts import EngineTotals, QueueStats
@@ -204,3 +208,44 @@ AdmissionsMachine.TestCase.settings = settings(
     max_examples=40, stateful_step_count=30, deadline=None
 )
 TestAdmissionsMachine = AdmissionsMachine.TestCase
+
+
+def admitted_of(name: str, *, is_waiting: bool = True) -> Admitted:
+    admitted = Admitted(make_request(name), [], 0)
+    admitted.is_waiting = is_waiting
+    return admitted
+
+
+def names_of(requests: Iterable[GenerationRequest]) -> list[str]:
+    return [request.request_id for request in requests]
+
+
+def test_who_left_is_there_until_the_engine_has_let_go() -> None:
+    departures = Departures()
+    for name, is_waiting in (("waited", True), ("ran", False), ("joined", True), ("ended", False)):
+        departures.add(admitted_of(name, is_waiting=is_waiting))
+    departures.join("joined")
+    departures.join("somebody else")
+    departures.end("ended")
+    assert names_of(departures.take_at_work()) == ["ran", "joined"]
+    assert departures.take_at_work() == []
+
+
+def test_who_left_is_there_as_long_as_a_thread_builds_for_him() -> None:
+    departures = Departures()
+    departures.build(["left", "other"])
+    departures.add(admitted_of("left"))
+    departures.end("left")
+    assert names_of(departures.take_at_work()) == ["left"]
+    departures.build(["left"])
+    departures.add(admitted_of("left"))
+    departures.end("left")
+    departures.build([])
+    assert departures.take_at_work() == []
+
+
+def test_of_those_who_left_so_many_are_remembered() -> None:
+    departures = Departures()
+    for number in range(MAX_DEPARTED + 10):
+        departures.add(admitted_of(str(number), is_waiting=False))
+    assert len(departures.take_at_work()) == MAX_DEPARTED

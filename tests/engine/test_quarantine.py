@@ -36,7 +36,7 @@ def test_it_is_the_same_whoever_sends_it() -> None:
     for name, seed in (("a", 1), ("b", None)):
         sampling = replace(request.sampling, seed=seed)
         quarantine.meet_crash([replace(request, request_id=name, tenant=name, sampling=sampling)])
-    assert quarantine.is_barred(replace(request, request_id="c", cache_salt="x"))
+    assert quarantine.is_barred(replace(request, request_id="c", cache_salt="x", priority=1))
     assert not quarantine.is_barred(replace(request, grammar="x"))
     assert not quarantine.is_barred(replace(request, prompt_ids=(1, 2, 3)))
 

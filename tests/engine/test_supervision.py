@@ -407,3 +407,35 @@ def test_the_engine_process_never_outlives_the_one_that_started_it(tiny_checkpoi
     finally:
         parent.kill()
         parent.communicate(timeout=10)
+
+
+async def test_who_leaves_before_the_process_is_lost_is_blamed_all_the_same(
+    tiny_checkpoint: Path,
+) -> None:
+    """Clients give up sooner than the watchdog does."""
+    async with started(make_client(tiny_checkpoint, step_timeout_s=1)) as client:
+        for number in range(2):
+            poison = await client.submit(make_request(f"{number}", prompt=(HANG,)), [])
+            await asyncio.sleep(0.3)
+            poison.close()
+            await until(lambda lost=number + 1: client.num_restarts == lost)
+            await until(lambda: client.status == "ready")
+        with pytest.raises(PoisonRequest):
+            await client.submit(make_request("again", prompt=(HANG,)), [])
+        assert len(await collect(await client.submit(make_request(max_tokens=2), []))) == 2
+
+
+async def test_who_leaves_while_his_deadly_grammar_is_built_is_blamed_and_nobody_else(
+    tiny_checkpoint: Path,
+) -> None:
+    async with started(make_client(tiny_checkpoint)) as client:
+        for number in range(2):
+            leaving = await client.submit(bound(f"{number}", KILLING_GRAMMAR), [])
+            staying = await client.submit(make_request(f"s{number}", max_tokens=2), [])
+            await asyncio.sleep(0.02)
+            leaving.close()
+            await until(lambda lost=number + 1: client.num_restarts == lost)
+            assert (await collect(staying))[-1].error_code in (None, "worker_restarting")
+            await until(lambda: client.status == "ready")
+        with pytest.raises(PoisonRequest):
+            await client.submit(bound("again", KILLING_GRAMMAR), [])
