@@ -52,35 +52,40 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path) -> Vocabulary:
-    """That of the checkpoint in `folder`. Takes a while where there are many tokens."""
+    """That of the checkpoint in `folder`."""
     try:
         description = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         added_ids = frozenset(token["id"] for token in description["added_tokens"])
+        special = [token for token in description["added_tokens"] if token.get("special")]
+        named = special or description["added_tokens"]
+        text = json.dumps(_with_unknown_names(description, named))
         # It must be told an end. Whether an answer may end is asked of the matcher instead.
-        text = json.dumps(_with_unknown_names(description))
-        tokenizer = LLTokenizer(text, eos_token=min(added_ids))
+        tokenizer = LLTokenizer(text, eos_token=min(token["id"] for token in named))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError("tokenizer.json cannot be used for structured output") from error
     return Vocabulary(tokenizer, added_ids)
 
 
-def _with_unknown_names(description: dict[str, Any]) -> dict[str, Any]:
+def _with_unknown_names(
+    description: dict[str, Any], special: list[dict[str, Any]]
+) -> dict[str, Any]:
     """The tokenizer, its added tokens under names that nobody can write.
 
     Else a form that has one's own name in it, in a constant or as a member, could only be followed
-    by the token, which stands for no text.
+    by the token, which stands for no text. Those that are not `special` are ordinary entries here:
+    they are part of no answer of a form, and the library takes seconds over thousands of them.
     """
     secret = secrets.token_hex(16)
-    names = {token["content"]: f"<{secret}-{token['id']}>" for token in description["added_tokens"]}
+    added = description["added_tokens"]
+    names = {token["content"]: f"<{secret}-{token['id']}>" for token in added}
+    ids = {names[token["content"]]: token["id"] for token in added}
     model = description["model"]
     merges = [each.split(" ") if isinstance(each, str) else each for each in model["merges"]]
     return description | {
-        "added_tokens": [
-            token | {"content": names[token["content"]]} for token in description["added_tokens"]
-        ],
+        "added_tokens": [token | {"content": names[token["content"]]} for token in special],
         "model": model
         | {
-            "vocab": {names.get(token, token): i for token, i in model["vocab"].items()},
+            "vocab": {names.get(token, token): i for token, i in model["vocab"].items()} | ids,
             "merges": [
                 [left, right]
                 for left, right in merges

@@ -253,3 +253,25 @@ async def test_special_tokens_are_known_as_such() -> None:
     vocabulary = read_vocabulary(DEMO)
     assert vocabulary.added_ids == set(range(7))
     assert all(vocabulary.tokenizer.is_special_token(each) for each in vocabulary.added_ids)
+
+
+async def test_special_tokens_keep_their_ids_whatever_else_was_added(tmp_path: Path) -> None:
+    description = json.loads((DEMO / "tokenizer.json").read_text(encoding="utf-8"))
+    first = read_vocabulary(DEMO).tokenizer.vocab_size
+    model = description["added_tokens"][0]
+    names = ["plain", "<|one|>", "plain too", "<|two|>"]
+    added = [
+        {**model, "content": name, "id": first + index, "special": "|" in name}
+        for index, name in enumerate(names)
+    ]
+    description["added_tokens"] += added
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description), encoding="utf-8")
+    vocabulary = read_vocabulary(tmp_path)
+    assert vocabulary.tokenizer.vocab_size == first + len(names)
+    for token in description["added_tokens"]:
+        assert token["id"] in vocabulary.added_ids
+        assert vocabulary.tokenizer.is_special_token(token["id"]) is token["special"]
+    for name in names:
+        ids = vocabulary.tokenizer.tokenize_str(name)
+        assert vocabulary.added_ids.isdisjoint(ids)
+        assert vocabulary.tokenizer.decode_bytes(ids) == name.encode()
