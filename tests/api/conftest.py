@@ -1,9 +1,10 @@
-"""A server with the demo's own tokenizer and template, whose engine answers by a script."""
+"""The demo's own tokenizer and template, and a server whose engine answers by a script."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+import openai
 import pytest
 from fastapi import FastAPI
 
@@ -13,6 +14,25 @@ from server.core import GenerationRequest
 from tests.api.demo import demo_preparer
 from tests.conftest import Server, running
 from tests.fakes import FakeEngine
+
+
+def client_of(server: Server) -> openai.OpenAI:
+    """It refuses what is not exactly of OpenAI's shapes."""
+    return openai.OpenAI(
+        base_url=f"{server.url}/v1",
+        api_key="none",
+        max_retries=0,
+        timeout=20,
+        _strict_response_validation=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def preparer() -> Iterator[Preparer]:
+    prepared = demo_preparer()
+    yield prepared
+    prepared.close()
+
 
 Scripted = Callable[..., Server]
 

@@ -10,20 +10,12 @@ import pytest
 from fastapi import FastAPI
 
 from server.chat.prepare import Preparer
-from tests.api.demo import demo_preparer
 from tests.conftest import MODEL, Server, assert_error, running
 from tests.fakes import FakeEngine
 
 URL = "/v1/chat/completions"
 DRY = f"{URL}?dry_run=true"
 HEAD = "<|im_start|>assistant\n"
-
-
-@pytest.fixture(scope="module")
-def preparer() -> Iterator[Preparer]:
-    prepared = demo_preparer()
-    yield prepared
-    prepared.close()
 
 
 @pytest.fixture(scope="module")

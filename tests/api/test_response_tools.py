@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import openai
 import pytest
 
 from server.chat.calls import ARROW
-from tests.api.conftest import Scripted
-from tests.conftest import MODEL, Server, assert_error
+from tests.api.conftest import Scripted, client_of
+from tests.conftest import MODEL, assert_error
 
 URL = "/v1/responses"
 END, START, STOP = "<|im_end|>", "<|im_start|>", "<|stop|>"
@@ -28,17 +27,6 @@ TOOL: Any = {
     },
 }
 CALL = '{"name": "weather", "arguments": {"city": "서울"}}'
-
-
-def client_of(server: Server) -> openai.OpenAI:
-    """It refuses what is not exactly of OpenAI's shapes."""
-    return openai.OpenAI(
-        base_url=f"{server.url}/v1",
-        api_key="none",
-        max_retries=0,
-        timeout=20,
-        _strict_response_validation=True,
-    )
 
 
 def test_calls_are_items_of_the_output(scripted: Scripted) -> None:

@@ -36,7 +36,8 @@ from server.chat.prepare import Preparer
 from server.chat.tokenizer import Delta, TokenChance
 from server.config import HttpConfig
 from server.errors import InvalidRequest, RateLimited, Unavailable
-from tests.api.demo import CONTEXT, demo_preparer
+from tests.api.conftest import client_of
+from tests.api.demo import CONTEXT
 from tests.api.test_rate_limits import TIGHT, bearer, limits
 from tests.conftest import END, MODEL, Serve, Server, TextPreparer, assert_error, running
 from tests.fakes import FakeEngine
@@ -49,30 +50,12 @@ LOGPROBS = "message.output_text.logprobs"
 
 
 @pytest.fixture(scope="module")
-def preparer() -> Iterator[Preparer]:
-    prepared = demo_preparer()
-    yield prepared
-    prepared.close()
-
-
-@pytest.fixture(scope="module")
 def demo(build: Callable[..., FastAPI], preparer: Preparer) -> Iterator[Server]:
     """The demo's own template and tokenizer; the answer is always "hello"."""
     tokenizer = preparer.tokenizer
     answer = [*tokenizer.encode_text("hello"), tokenizer.special["<|endofturn|>"]]
     with running(build(engine=FakeEngine(answer), preparer=preparer)) as served:
         yield served
-
-
-def client_of(server: Server) -> openai.OpenAI:
-    """It refuses what is not exactly of OpenAI's shapes."""
-    return openai.OpenAI(
-        base_url=f"{server.url}/v1",
-        api_key="none",
-        max_retries=0,
-        timeout=20,
-        _strict_response_validation=True,
-    )
 
 
 @pytest.fixture

@@ -20,13 +20,6 @@ from tests.fakes import FAKE_FACTS
 
 
 @pytest.fixture(scope="module")
-def preparer() -> Iterator[Preparer]:
-    prepared = demo_preparer()
-    yield prepared
-    prepared.close()
-
-
-@pytest.fixture(scope="module")
 def server(build: Callable[..., FastAPI], preparer: Preparer) -> Iterator[Server]:
     with running(build(preparer=preparer)) as served:
         yield served
