@@ -153,7 +153,9 @@ def load_engine(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = choose_dtype(dtype, info, device=device)
-    backend = choose_backend(attention, device=device, dtype=getattr(torch, dtype))
+    backend = choose_backend(
+        attention, device=device, dtype=getattr(torch, dtype), head_dim=info.text.head_dim
+    )
     model = load_model(
         info, device=device, dtype=dtype, backend=backend, progress=lambda done, total: None
     )

@@ -11,8 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from server.attention import cpu, cuda
+from server.attention import cpu, cpu_pairs, cuda
 from server.attention.cpu import CpuBackend
+from server.attention.cpu_pairs import PairBackend
 from server.attention.cuda import CudaBackend
 from server.attention.inputs import AskedTokens, AttentionInputs, LayerCache
 from server.attention.sdpa import SdpaBackend
@@ -24,6 +25,7 @@ __all__ = [
     "AttentionBackend",
     "AttentionInputs",
     "LayerCache",
+    "PairBackend",
     "choose_backend",
 ]
 
@@ -72,14 +74,17 @@ class BackendKind:
     """page size -> backend"""
     page_size: int
     """Where none is asked for."""
-    problem: Callable[[torch.device, torch.dtype, int | None], str | None]
-    """Why there is none for this device, type of keys and values, and page size if one is asked
-    for; None where there is."""
+    problem: Callable[[torch.device, torch.dtype, int | None, int | None], str | None]
+    """Why there is none for this device, type of keys and values, size of a head if it is known,
+    and page size if one is asked for; None where there is."""
 
 
 BACKENDS: dict[str, BackendKind] = {
     "cuda": BackendKind(
         lambda page_size: CudaBackend(page_size=page_size), 256, cuda.problem_on_device
+    ),
+    "cpu-pairs": BackendKind(
+        lambda page_size: PairBackend(), cpu_pairs.PAGE_SIZE, cpu_pairs.problem_on_device
     ),
     "cpu": BackendKind(
         lambda page_size: CpuBackend(page_size=page_size), 64, cpu.problem_on_device
@@ -87,7 +92,7 @@ BACKENDS: dict[str, BackendKind] = {
     "sdpa": BackendKind(
         lambda page_size: SdpaBackend(page_size=page_size),
         64,
-        lambda device, dtype, page_size: None,
+        lambda device, dtype, head_dim, page_size: None,
     ),
 }
 """By name, the fastest first."""
@@ -98,19 +103,22 @@ def choose_backend(
     *,
     device: str,
     dtype: torch.dtype = torch.float32,
+    head_dim: int | None = None,
     page_size: int | None = None,
 ) -> AttentionBackend:
     """The backend called `name`, or the fastest for the device; ConfigError where there is none."""
     place = torch.device(device)
     if name == "auto":
         name = next(
-            each for each, kind in BACKENDS.items() if not kind.problem(place, dtype, page_size)
+            each
+            for each, kind in BACKENDS.items()
+            if not kind.problem(place, dtype, head_dim, page_size)
         )
     if name not in BACKENDS:
         known = ", ".join(["auto", *BACKENDS])
         raise ConfigError(f"engine.attention_backend is '{name}'; it can be one of: {known}")
     kind = BACKENDS[name]
-    problem = kind.problem(place, dtype, page_size)
+    problem = kind.problem(place, dtype, head_dim, page_size)
     if problem is not None:
         raise ConfigError(f"engine.attention_backend '{name}' {problem}")
     return kind.build(page_size or kind.page_size)

@@ -15,19 +15,19 @@ from torch import Tensor
 
 from server.attention.inputs import AttentionInputs, LayerCache
 from server.attention.sdpa import zero_pages
-from server.kernels.machine import has_half_units, load_kernels, run_in_threads
+from server.kernels.machine import Call, has_compiler, has_half_units, run
 
 MAX_KERNEL_QUERIES = 8
 """Of one sequence in one step; with more, torch's matrix products are faster."""
 
 
 def problem_on_device(
-    device: torch.device, dtype: torch.dtype, page_size: int | None
+    device: torch.device, dtype: torch.dtype, head_dim: int | None, page_size: int | None
 ) -> str | None:
     """Why this backend cannot be had; None where it can."""
     if device.type != "cpu":
         return f"does not run on the device '{device}'"
-    return None if load_kernels() is not None else "needs numba, which is not installed"
+    return None if has_compiler() else "needs numba, which is not installed"
 
 
 PRODUCT_QUERIES = 64
@@ -69,7 +69,7 @@ class CpuBackend:
         arguments = self._arguments(cache, num_tasks=num_tokens)
         arguments.new_keys, arguments.new_values = keys.data_ptr(), values.data_ptr()
         arguments.slots = inputs.slot_mapping.data_ptr()
-        run_in_threads(write, arguments, num_bytes=keys.nbytes + values.nbytes)
+        run([Call(write, arguments, num_bytes=keys.nbytes + values.nbytes)])
 
     def attend(self, queries: Tensor, cache: LayerCache, inputs: AttentionInputs) -> Tensor:
         num_sequences = len(inputs.seqused_k)
@@ -89,7 +89,7 @@ class CpuBackend:
             arguments.block_table, arguments.table_width = table.data_ptr(), table.shape[1]
             arguments.max_queries = MAX_KERNEL_QUERIES
             most_read = 2 * num_sequences * inputs.max_k * cache.keys[0, :, :, 0].nbytes
-            run_in_threads(attend, arguments, num_bytes=most_read)
+            run([Call(attend, arguments, num_bytes=most_read)])
         for index, length in enumerate(lengths):
             if length > MAX_KERNEL_QUERIES:
                 keys, values = self._gathered(cache, inputs, index)
@@ -111,9 +111,9 @@ class CpuBackend:
         return keys[:, :, :num_keys], values[:, :num_keys]
 
     def _arguments(self, cache: LayerCache, *, num_tasks: int) -> Any:
-        kernels = load_kernels()
-        assert kernels is not None  # or this backend would not have been chosen
-        return kernels.AttentionArguments(
+        from server.kernels.attention import AttentionArguments
+
+        return AttentionArguments(
             num_tasks=num_tasks,
             num_kv_heads=cache.keys.shape[1],
             keys=cache.keys.data_ptr(),
@@ -149,17 +149,15 @@ def attend_by_products(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 @cache
 def _compiled_attend(group: int, head_dim: int, page_size: int, dtype: torch.dtype) -> Any:
-    kernels = load_kernels()
-    assert kernels is not None
+    from server.kernels import attention as kernels
+
     return kernels.compile_attend(
-        group=group, head_dim=head_dim, page_size=page_size, storage=kernels.STORAGE[str(dtype)]
+        group=group, head_dim=head_dim, page_size=page_size, dtype=str(dtype)
     )
 
 
 @cache
 def _compiled_write(head_dim: int, page_size: int, dtype: torch.dtype) -> Any:
-    kernels = load_kernels()
-    assert kernels is not None
-    return kernels.compile_write(
-        head_dim=head_dim, page_size=page_size, storage=kernels.STORAGE[str(dtype)]
-    )
+    from server.kernels import attention as kernels
+
+    return kernels.compile_write(head_dim=head_dim, page_size=page_size, dtype=str(dtype))

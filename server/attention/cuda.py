@@ -20,7 +20,7 @@ LEAST_CAPABILITY = (8, 0)
 
 
 def problem_on_device(
-    device: torch.device, dtype: torch.dtype, page_size: int | None
+    device: torch.device, dtype: torch.dtype, head_dim: int | None, page_size: int | None
 ) -> str | None:
     """Why this backend cannot be had; None where it can."""
     if device.type != "cuda":

@@ -78,7 +78,11 @@ def _load(channel: SocketChannel, wrap: Callable[[Runner], StepRunner]) -> Worke
     device = _choose_device(start.device)
     dtype = choose_dtype(start.dtype, info, device=device)
     backend = choose_backend(
-        start.attention, device=device, dtype=DTYPES[dtype], page_size=start.block_size
+        start.attention,
+        device=device,
+        dtype=DTYPES[dtype],
+        head_dim=info.text.head_dim,
+        page_size=start.block_size,
     )
 
     def report(num_bytes: int, total_bytes: int) -> None:

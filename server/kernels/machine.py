@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,14 +23,14 @@ _log = logging.getLogger(__name__)
 
 
 @cache
-def load_kernels() -> ModuleType | None:
-    """The module of compiled kernels; None, with a warning, where numba is not to be had."""
+def has_compiler() -> bool:
+    """Whether the rest of this folder can be imported; False, with a warning, without numba."""
     try:
-        from server.kernels import cpu
+        import numba  # noqa: F401
     except ImportError:
         _log.warning("numba cannot be imported: this CPU computes without compiled loops, slower")
-        return None
-    return cpu
+        return False
+    return True
 
 
 @cache
@@ -43,16 +44,63 @@ def has_half_units(dtype: torch.dtype) -> bool:
     return bool(checks[dtype]())
 
 
-def run_in_threads(function: Any, arguments: Any, *, num_bytes: int) -> None:
-    """Calls a kernel from torch's own threads: a second pool would fight them for the cores."""
-    team = _openmp()
-    num_threads = torch.get_num_threads()
+@cache
+def has_pair_units(dtype: torch.dtype) -> bool:
+    """Whether the loops that multiply pairs of bfloat16 can run here, and are the fastest way.
+
+    Where the CPU multiplies whole tiles (AMX), oneDNN's own products are.
+    """
+    return (
+        dtype == torch.bfloat16
+        and torch.cpu._is_avx512_bf16_supported()
+        and not torch.cpu._is_amx_tile_supported()
+        and has_compiler()
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A compiled function and what it is called with, once.
+
+    All that the arguments hold the address of has to live until it has run.
+    """
+
+    function: Any
+    arguments: ctypes.Structure
+    num_bytes: int
+    """About as many are read and written."""
+
+
+def run(calls: Sequence[Call]) -> None:
+    """One after another, in torch's own threads: a second pool would fight them for the cores."""
+    team, num_threads = _openmp(), torch.get_num_threads()
+    num_bytes = sum(call.num_bytes for call in calls)
     if team is None or num_bytes < MIN_BYTES_TO_SHARE or num_threads == 1:
-        function.ctypes(ctypes.addressof(arguments))
+        for call in calls:
+            call.function.ctypes(ctypes.addressof(call.arguments))
+        return
+    if len(calls) == 1:
+        function, arguments = calls[0].function, calls[0].arguments
     else:
-        team.GOMP_parallel(
-            ctypes.c_void_p(function.address), ctypes.byref(arguments), num_threads, 0
-        )
+        function, arguments = _compiled_program(), _program(team, calls)
+    team.GOMP_parallel(ctypes.c_void_p(function.address), ctypes.byref(arguments), num_threads, 0)
+
+
+def _program(team: ctypes.CDLL, calls: Sequence[Call]) -> Any:
+    from server.kernels.program import program
+
+    barrier = ctypes.cast(team.GOMP_barrier, ctypes.c_void_p).value
+    assert barrier is not None  # the library has it
+    return program(
+        barrier, [(call.function.address, ctypes.addressof(call.arguments)) for call in calls]
+    )
+
+
+@cache
+def _compiled_program() -> Any:
+    from server.kernels.program import compile_program
+
+    return compile_program()
 
 
 @cache

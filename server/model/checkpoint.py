@@ -15,8 +15,11 @@ from torch.overrides import TorchFunctionMode
 
 from server.attention.backend import AttentionBackend
 from server.errors import CheckpointError
+from server.model.compiled_decoder import compile_decoder
 from server.model.config import EMBEDDING, CheckpointInfo
-from server.model.layers import EmbeddingInFile, FusedLinear, PackedLinear, pack_linear_layers
+from server.model.decoder import Decoder
+from server.model.layers import EmbeddingInFile, FusedLinear, pack_linear_layers
+from server.model.packed import PackedLinear
 from server.model.tensors import (
     TensorEntry,
     listed,
@@ -60,6 +63,7 @@ def pack_for_cpu(model: VisionLanguageModel, info: CheckpointInfo) -> None:
     """
     pack_linear_layers(model)
     decoder = model.language_model
+    assert isinstance(decoder, Decoder)  # until the end of this function
     if info.text.is_tied and isinstance(decoder.lm_head, PackedLinear):
         entry = _entries_to_load(info)[EMBEDDING]
         try:
@@ -70,6 +74,7 @@ def pack_for_cpu(model: VisionLanguageModel, info: CheckpointInfo) -> None:
         if table.shape != decoder.embed_tokens.weight.shape:
             raise CheckpointError(f"{entry.file}: the file has changed while it was read")
         decoder.embed_tokens = EmbeddingInFile(table, dtype=decoder.norm.weight.dtype)
+    model.language_model = compile_decoder(decoder) or decoder
 
 
 def check_tensors(info: CheckpointInfo, *, backend: AttentionBackend) -> None:

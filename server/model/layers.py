@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from server.kernels.machine import has_half_units
 from server.model import pointwise
 from server.model.config import Llama3Scaling
+from server.model.packed import PackedLinear
 
 MIN_ROWS_TO_WIDEN = 32
 """With fewer rows, reading the weights is what takes the time, and 16-bit ones are read faster."""
@@ -33,10 +34,6 @@ def project(layer: nn.Module, hidden: Tensor) -> Tensor:
             return widened.to(dtype)
     projected: Tensor = layer(hidden)
     return projected
-
-
-FEWEST_ROWS = 4
-"""That oneDNN is given: with one or two it reads a weight a fifth more slowly than with four."""
 
 
 class FusedLinear(nn.Module):
@@ -66,33 +63,6 @@ def project_gelu(
     return F.gelu(project(layer, hidden), approximate=approximate)
 
 
-class PackedLinear(nn.Module):
-    """A linear layer whose weight lies in the order oneDNN reads it in, and nowhere else.
-
-    oneDNN would otherwise find its way through the plain order in every call.
-    """
-
-    def __init__(self, layer: nn.Linear | FusedLinear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.bias = layer.bias
-        # No buffer: such a tensor cannot be moved, viewed or saved.
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)
-
-    def forward(self, hidden: Tensor, *, activation: str = "none", algorithm: str = "") -> Tensor:
-        """The activation, in oneDNN's words, is applied to the float32 sums before any rounding."""
-        rows = hidden.reshape(-1, self.in_features)
-        num_missing = max(0, FEWEST_ROWS - len(rows))
-        if num_missing:
-            rows = F.pad(rows, (0, 0, 0, num_missing))
-        projected: Tensor = torch.ops.mkldnn._linear_pointwise(
-            rows, self.packed, self.bias, activation, [], algorithm
-        )
-        if num_missing:
-            projected = projected[:-num_missing]
-        return projected.view(*hidden.shape[:-1], self.out_features)
-
-
 def pack_linear_layers(model: nn.Module) -> None:
     """Packs every linear layer on the CPU, one after another.
 
@@ -105,7 +75,7 @@ def pack_linear_layers(model: nn.Module) -> None:
             weight = child.weight
             is_fast = weight.dtype == torch.float32 or has_half_units(weight.dtype)
             if weight.device.type == "cpu" and is_fast:
-                setattr(module, name, PackedLinear(child))
+                setattr(module, name, PackedLinear(weight, child.bias))
 
 
 class EmbeddingInFile(nn.Module):
@@ -144,6 +114,8 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        if isinstance(self.gate_up_proj, PackedLinear) and self.gate_up_proj.can_gate:
+            return project(self.down_proj, self.gate_up_proj.gated(hidden))
         gate_up = project(self.gate_up_proj, hidden)
         if pointwise.is_compiled(gate_up):
             return project(self.down_proj, pointwise.gate(gate_up))

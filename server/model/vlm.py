@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from server.attention.backend import AttentionBackend, AttentionInputs
 from server.core import VisionLayout
+from server.model.compiled_decoder import CompiledDecoder
 from server.model.config import CheckpointInfo
 from server.model.decoder import Decoder
 from server.model.projector import PROJECTORS
@@ -25,7 +26,9 @@ class VisionLanguageModel(nn.Module):
         text = info.text
         beyond = range(info.tokenizer_size, text.logits_rows)
         tokenless = [i for i in (*info.missing_token_ids, *beyond) if i < text.logits_rows]
-        self.language_model = Decoder(text, backend, tokenless_ids=tokenless)
+        self.language_model: Decoder | CompiledDecoder = Decoder(
+            text, backend, tokenless_ids=tokenless
+        )
         self.vision_model: VisionTower | None = None
         self.mm_projector: nn.Module | None = None
         self.image_newline: nn.Parameter | None = None

@@ -14,10 +14,10 @@ from server.model.checkpoint import pack_for_cpu
 from server.model.config import read_checkpoint
 from server.model.layers import (
     MIN_ROWS_TO_WIDEN,
-    PackedLinear,
     pack_linear_layers,
     project,
 )
+from server.model.packed import PackedLinear
 from tests.model.loading import all_logits, encode_tiles, load, relative_difference
 from tools.random_checkpoint import write_checkpoint
 

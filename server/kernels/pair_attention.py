@@ -1,0 +1,423 @@
+"""Attention over pages by the products of `products`: prompts and answers by the same loop.
+
+A page has 64 tokens. Its keys lie as a block, [head_dim / 2, 64 tokens, 2], so that a product of
+queries with it is their scores; its values as blocks of 64 dimensions, each [32, 64, 2] with the
+tokens in pairs, so that a product of weights with them is what is attended. The pages are walked
+with a running maximum (the online softmax of FlashAttention, arXiv:2205.14135). As in the model's
+own code, scores and sums are float32 and the weights are rounded to bfloat16.
+
+A page that a query does not see changes nothing of its result, to the bit: so a token gets the same
+whatever tokens are computed beside it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from server.kernels.attention import HIDDEN
+from server.kernels.products import COLUMNS, MAX_ROWS, NUM_VECTORS, SUMS_BYTES, WIDTH, multiply
+from server.kernels.vectors import (
+    BFLOAT16,
+    FLOAT,
+    FLOAT32,
+    INT32,
+    INT64,
+    compiled,
+    constant,
+    exp,
+    fetch_add,
+    float_pointer,
+    load_row,
+    pointer,
+    reduce,
+    splat,
+    store_row,
+    times_plus,
+    vector,
+)
+
+PAGE_SIZE = COLUMNS
+SCORES_BYTES, WEIGHTS_BYTES = 4 * PAGE_SIZE, 2 * PAGE_SIZE
+"""Of one query with one page."""
+
+TASK_ROWS = 4 * MAX_ROWS
+"""Queries that walk the pages together: a page is then in a cache for all but the first of them."""
+
+FIELDS = (
+    "next_task",
+    "num_tasks",
+    "num_sequences",
+    "num_kv_heads",
+    "keys",
+    "values",
+    "queries",
+    "query_bytes",
+    "output",
+    "bounds",
+    "lengths",
+    "block_table",
+    "table_width",
+    "heads_of_task",
+)
+NUM_FIELDS = len(FIELDS)
+NEXT_TASK, NUM_TASKS, NUM_SEQUENCES, NUM_KV_HEADS, KEYS, VALUES, QUERIES, QUERY_BYTES = range(8)
+OUTPUT, BOUNDS, LENGTHS, BLOCK_TABLE, TABLE_WIDTH, HEADS_OF_TASK = range(8, NUM_FIELDS)
+
+
+class PairAttentionArguments(ctypes.Structure):
+    """What `attend` is called with; addresses, and sizes.
+
+    queries      bfloat16 [tokens, heads, head_dim], of which only tokens may be apart
+    keys         bfloat16 [pages, kv_heads, head_dim / 2, 64, 2]
+    values       bfloat16 [pages, kv_heads, head_dim / 64, 32, 64, 2]
+    output       bfloat16 [tokens, heads, head_dim]
+    bounds       int32 [sequences + 1]: the tokens of each sequence
+    lengths      int32 [sequences]: its positions, those tokens being the last of them
+    block_table  int32 [sequences, table_width]
+
+    A task is a key/value head for some tokens of a sequence; `num_tasks` may be too many.
+    """
+
+    _fields_ = [(name, ctypes.c_int64) for name in FIELDS]
+
+
+def most_tasks(*, num_tokens: int, num_sequences: int, num_kv_heads: int, group: int) -> int:
+    return (num_tokens // _tokens_of_task(group) + num_sequences) * num_kv_heads
+
+
+def _tokens_of_task(group: int) -> int:
+    return max(1, TASK_ROWS // group)
+
+
+@intrinsic
+def _weigh(
+    typing_context: Any,
+    scores: Any,
+    num_visible: Any,
+    scale: Any,
+    largest_at: Any,
+    sum_at: Any,
+    weights: Any,
+) -> Any:
+    """Scores of one query with a page -> weights bfloat16 [64]; what all before them shrinks by.
+
+    `largest_at` and `sum_at` hold the largest score so far and the sum of the weights.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        score_address, count, scale_value, largest_address, sum_address, weight_address = arguments
+        factor = splat(builder, scale_value, WIDTH)
+        last = splat(builder, builder.trunc(count, INT32), WIDTH)
+        parts = []
+        for part in range(NUM_VECTORS):
+            lanes = range(part * WIDTH, (part + 1) * WIDTH)
+            is_seen = builder.icmp_signed("<", ir.Constant(vector(INT32, WIDTH), list(lanes)), last)
+            row = load_row(builder, score_address, INT64(part), WIDTH, FLOAT32)
+            hidden = constant(HIDDEN, WIDTH)
+            parts.append(builder.select(is_seen, builder.fmul(row, factor), hidden))
+        largest_place = float_pointer(builder, largest_address, INT64(0))
+        sum_place = float_pointer(builder, sum_address, INT64(0))
+        before = builder.load(largest_place)
+        greatest = parts[0]
+        for part in parts[1:]:
+            is_greater = builder.fcmp_ordered(">", part, greatest)
+            greatest = builder.select(is_greater, part, greatest)
+        here = reduce(builder, "fmax", greatest, WIDTH)
+        largest = builder.select(builder.fcmp_ordered(">", before, here), before, here)
+        level, total = splat(builder, largest, WIDTH), constant(0.0, WIDTH)
+        for index, part in enumerate(parts):
+            weight = exp(builder, builder.fsub(part, level), WIDTH)
+            total = builder.fadd(total, weight)
+            store_row(builder, weight, weight_address, INT64(index), WIDTH, BFLOAT16)
+        # A vector for one number, because the sum must shrink by just what the weights shrink by.
+        shrink = exp(builder, splat(builder, builder.fsub(before, largest), 4), 4)
+        shrink = builder.extract_element(shrink, INT32(0))
+        total = reduce(builder, "fadd", total, WIDTH, FLOAT(0.0))
+        builder.store(times_plus(builder, builder.load(sum_place), shrink, total), sum_place)
+        builder.store(largest, largest_place)
+        return shrink
+
+    addresses = [types.int64] * 3
+    signature = types.float32(types.int64, types.int64, types.float32, *addresses)
+    return signature, generate
+
+
+@intrinsic
+def _shrink(typing_context: Any, row: Any, num_vectors: Any, factor: Any) -> Any:
+    """Multiply a row of float32 in its place."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, count, scalar = arguments
+        factors = splat(builder, scalar, WIDTH)
+        with cgutils.for_range(builder, count) as loop:
+            values = load_row(builder, address, loop.index, WIDTH, FLOAT32)
+            shrunk = builder.fmul(values, factors)
+            store_row(builder, shrunk, address, loop.index, WIDTH, FLOAT32)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), generate
+
+
+@intrinsic
+def _store_attended(
+    typing_context: Any, row: Any, output: Any, num_vectors: Any, factor: Any
+) -> Any:
+    """Multiply a row of float32 and store it as bfloat16."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, target, count, scalar = arguments
+        factors = splat(builder, scalar, WIDTH)
+        with cgutils.for_range(builder, count) as loop:
+            values = load_row(builder, address, loop.index, WIDTH, FLOAT32)
+            shared = builder.fmul(values, factors)
+            store_row(builder, shared, target, loop.index, WIDTH, BFLOAT16)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3, types.float32), generate
+
+
+def compile_attend(*, group: int, head_dim: int) -> Any:
+    """The function that takes the address of `PairAttentionArguments` and fills `output`.
+
+    `group` query heads share a key/value head; `head_dim` is a multiple of 64.
+    """
+    hidden, one = np.float32(HIDDEN), np.float32(1.0)
+    scale = np.float32(head_dim**-0.5)
+    row_bytes = 2 * head_dim
+    page_bytes = row_bytes * PAGE_SIZE
+    num_parts = head_dim // COLUMNS
+    part_bytes = page_bytes // num_parts
+    tokens_of_task = _tokens_of_task(group)
+    max_rows = tokens_of_task * group
+    max_groups = (max_rows + MAX_ROWS - 1) // MAX_ROWS
+
+    def attend(address: Any) -> None:
+        call = carray(address, (NUM_FIELDS,), np.int64)
+        next_task = call[NEXT_TASK:].ctypes.data
+        num_sequences, num_kv_heads = call[NUM_SEQUENCES], call[NUM_KV_HEADS]
+        width = call[TABLE_WIDTH]
+        bounds = carray(pointer(call[BOUNDS]), (num_sequences + 1,), np.int32)
+        lengths = carray(pointer(call[LENGTHS]), (num_sequences,), np.int32)
+        table = carray(pointer(call[BLOCK_TABLE]), (num_sequences, width), np.int32)
+        token_bytes = num_kv_heads * group * row_bytes
+        most_heads = call[HEADS_OF_TASK]
+        rows = np.empty((most_heads, max_rows, head_dim), np.uint16)
+        last_pair = np.zeros((COLUMNS, 2), np.uint16)
+        weights = np.empty((MAX_ROWS, PAGE_SIZE), np.uint16)
+        scores = np.empty((MAX_ROWS, PAGE_SIZE), np.float32)
+        state = np.empty((most_heads, max_rows, 2), np.float32)
+        # By groups of rows, then by parts of the dimensions: what `multiply` adds to.
+        sums = np.empty((most_heads, max_groups, num_parts, MAX_ROWS, COLUMNS), np.float32)
+        weights_at, scores_at = np.int64(weights.ctypes.data), np.int64(scores.ctypes.data)
+        last_pair_at = np.int64(last_pair.ctypes.data)
+        sequence, first_task = 0, 0  # of that sequence
+        while True:
+            task = fetch_add(next_task)
+            if task >= call[NUM_TASKS]:
+                break
+            num_heads: Any = 1
+            num_chunks: Any = 1
+            while sequence < num_sequences:
+                num_tokens = bounds[sequence + 1] - bounds[sequence]
+                num_heads = most_heads if num_tokens == 1 else 1
+                num_chunks = np.int64((num_tokens + tokens_of_task - 1) // tokens_of_task)
+                num_tasks = num_chunks * (num_kv_heads // num_heads)
+                if task < first_task + num_tasks:
+                    break
+                first_task += num_tasks
+                sequence += 1
+            if sequence == num_sequences:
+                break
+            first_head = (task - first_task) // num_chunks * num_heads
+            chunk = (task - first_task) % num_chunks
+            first = np.int64(bounds[sequence]) + chunk * tokens_of_task
+            stop = min(first + tokens_of_task, np.int64(bounds[sequence + 1]))
+            num_rows = (stop - first) * group
+            num_groups = (num_rows + MAX_ROWS - 1) // MAX_ROWS
+            # Of the chunk's first token; each further one sees one more.
+            num_seen = np.int64(lengths[sequence]) - np.int64(bounds[sequence + 1]) + first + 1
+            most_seen = num_seen + stop - first - 1
+            for token in range(first, stop):
+                start = call[QUERIES] + token * call[QUERY_BYTES] + first_head * group * row_bytes
+                own = carray(pointer(start), (num_heads, group, head_dim), np.uint16)
+                for kv_head in range(num_heads):
+                    for head in range(group):
+                        row = (token - first) * group + head
+                        for dimension in range(head_dim):
+                            rows[kv_head, row, dimension] = own[kv_head, head, dimension]
+            state[:num_heads, :num_rows, 0] = hidden
+            state[:num_heads, :num_rows, 1] = 0
+            sums[:num_heads, :num_groups] = 0
+            num_pages = (most_seen + PAGE_SIZE - 1) // PAGE_SIZE
+            for page in range(num_pages):
+                following = np.int64(table[sequence, min(page + 1, num_pages - 1)])
+                next_block = (following * num_kv_heads + first_head) * page_bytes
+                block = (np.int64(table[sequence, page]) * num_kv_heads + first_head) * page_bytes
+                # What lies behind the last position that is seen is somebody else's, or nothing.
+                num_used = min(most_seen - page * PAGE_SIZE, np.int64(PAGE_SIZE))
+                for each in range(num_heads * num_groups):
+                    kv_head, part_of_rows = each // num_groups, each % num_groups
+                    keys = call[KEYS] + block + kv_head * page_bytes
+                    values = call[VALUES] + block + kv_head * page_bytes
+                    ahead = (
+                        page_bytes
+                        if kv_head + 1 < num_heads
+                        else next_block - block - kv_head * page_bytes
+                    )
+                    base = part_of_rows * num_rows // num_groups
+                    count = (part_of_rows + 1) * num_rows // num_groups - base
+                    own_rows = np.int64(rows.ctypes.data) + (kv_head * max_rows + base) * row_bytes
+                    own_state = np.int64(state.ctypes.data) + (kv_head * max_rows + base) * 8
+                    own_sums = (
+                        np.int64(sums.ctypes.data)
+                        + (kv_head * max_groups + part_of_rows) * num_parts * SUMS_BYTES
+                    )
+                    multiply(
+                        own_rows, row_bytes, count, keys, head_dim // 2, scores_at, keys + ahead, 0
+                    )
+                    for row in range(count):
+                        shrink = _weigh(
+                            scores_at + row * SCORES_BYTES,
+                            num_seen + (base + row) // group - page * PAGE_SIZE,
+                            scale,
+                            own_state + row * 8,
+                            own_state + row * 8 + 4,
+                            weights_at + row * WEIGHTS_BYTES,
+                        )
+                        if shrink != one:
+                            for part in range(num_parts):
+                                place = own_sums + part * SUMS_BYTES + row * SCORES_BYTES
+                                _shrink(place, NUM_VECTORS, shrink)
+                    for part in range(num_parts):
+                        place, stored = own_sums + part * SUMS_BYTES, values + part * part_bytes
+                        if num_used >= 2:
+                            pairs = num_used // 2
+                            multiply(
+                                weights_at,
+                                WEIGHTS_BYTES,
+                                count,
+                                stored,
+                                pairs,
+                                place,
+                                stored + ahead,
+                                1,
+                            )
+                        if num_used % 2:
+                            half = carray(pointer(stored), (PAGE_SIZE // 2, COLUMNS, 2), np.uint16)
+                            for column in range(COLUMNS):
+                                last_pair[column, 0] = half[num_used // 2, column, 0]
+                            weight = weights_at + (num_used - 1) * 2
+                            multiply(
+                                weight,
+                                WEIGHTS_BYTES,
+                                count,
+                                last_pair_at,
+                                1,
+                                place,
+                                last_pair_at,
+                                1,
+                            )
+            for each in range(num_heads * num_groups):
+                kv_head, part_of_rows = each // num_groups, each % num_groups
+                base = part_of_rows * num_rows // num_groups
+                for row in range((part_of_rows + 1) * num_rows // num_groups - base):
+                    token = first + (base + row) // group
+                    head = (first_head + kv_head) * group + (base + row) % group
+                    target = call[OUTPUT] + token * token_bytes + head * row_bytes
+                    place = (
+                        np.int64(sums.ctypes.data)
+                        + (kv_head * max_groups + part_of_rows) * num_parts * SUMS_BYTES
+                        + row * SCORES_BYTES
+                    )
+                    share = one / state[kv_head, base + row, 1]
+                    for part in range(num_parts):
+                        output = target + part * COLUMNS * 2
+                        _store_attended(place + part * SUMS_BYTES, output, NUM_VECTORS, share)
+
+    return compiled(attend)
+
+
+# Writing ------------------------------------------------------------------------------------------
+
+TOKENS_AT_ONCE = 64
+"""Written by one task, for one key/value head: neighbours share the lines they are written to."""
+
+WRITE_FIELDS = (
+    "next_task",
+    "num_tasks",
+    "num_tokens",
+    "num_kv_heads",
+    "keys",
+    "values",
+    "new_keys",
+    "new_values",
+    "key_bytes",
+    "value_bytes",
+    "slots",
+)
+NUM_WRITE_FIELDS = len(WRITE_FIELDS)
+NUM_TOKENS, NEW_KEYS, NEW_VALUES = 2, 6, 7
+KEY_BYTES, VALUE_BYTES, SLOTS = 8, 9, 10
+
+
+class PairWriteArguments(ctypes.Structure):
+    """What `write` is called with; keys and values as above.
+
+    new_keys, new_values   bfloat16 [tokens, kv_heads, head_dim], of which only tokens may be apart
+    key_bytes, value_bytes  from one token to the next
+    slots                  int64 [tokens]: page * 64 + offset
+    """
+
+    _fields_ = [(name, ctypes.c_int64) for name in WRITE_FIELDS]
+
+
+def num_write_tasks(*, num_tokens: int, num_kv_heads: int) -> int:
+    return -(-num_tokens // TOKENS_AT_ONCE) * num_kv_heads
+
+
+def compile_write(*, head_dim: int) -> Any:
+    """The function that takes the address of `PairWriteArguments` and fills slots."""
+    num_pairs, num_parts = head_dim // 2, head_dim // COLUMNS
+    row_bytes = 2 * head_dim
+    page_bytes = row_bytes * PAGE_SIZE
+
+    def write(address: Any) -> None:
+        call = carray(address, (NUM_WRITE_FIELDS,), np.int64)
+        next_task = call[NEXT_TASK:].ctypes.data
+        num_tokens, num_kv_heads = call[NUM_TOKENS], call[NUM_KV_HEADS]
+        slots = carray(pointer(call[SLOTS]), (num_tokens,), np.int64)
+        while True:
+            task = fetch_add(next_task)
+            if task >= call[NUM_TASKS]:
+                break
+            head = task % num_kv_heads
+            first = task // num_kv_heads * TOKENS_AT_ONCE
+            for token in range(first, min(first + TOKENS_AT_ONCE, num_tokens)):
+                page, offset = slots[token] // PAGE_SIZE, slots[token] % PAGE_SIZE
+                block = (page * num_kv_heads + head) * page_bytes
+                start = token * call[KEY_BYTES] + head * row_bytes
+                new_key = carray(pointer(call[NEW_KEYS] + start), (num_pairs,), np.uint32)
+                keys = carray(pointer(call[KEYS] + block), (num_pairs, PAGE_SIZE), np.uint32)
+                for pair in range(num_pairs):
+                    keys[pair, offset] = new_key[pair]
+                start = token * call[VALUE_BYTES] + head * row_bytes
+                new_value = carray(
+                    pointer(call[NEW_VALUES] + start), (num_parts, COLUMNS), np.uint16
+                )
+                values = carray(
+                    pointer(call[VALUES] + block),
+                    (num_parts, PAGE_SIZE // 2, COLUMNS, 2),
+                    np.uint16,
+                )
+                for part in range(num_parts):
+                    for column in range(COLUMNS):
+                        values[part, offset // 2, column, offset % 2] = new_value[part, column]
+
+    return compiled(write)

@@ -1,0 +1,132 @@
+"""Linear layers on CPUs, whose weights lie in the order that oneDNN reads them in.
+
+Where that order is the blocks of `server.kernels.products`, bfloat16 rows are multiplied by our own
+loop, which reads the same memory: it takes less time than oneDNN at any number of rows, makes no
+program for each number, and computes a row as it would alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from server.kernels.machine import Call, has_pair_units, run
+
+FEWEST_ROWS = 4
+"""That oneDNN is given: with one or two it reads a weight a fifth more slowly than with four."""
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight lies packed, and nowhere else.
+
+    weight [out_features, in_features], bias [out_features].
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.bias = bias
+        # No buffer: such a tensor cannot be moved, viewed or saved.
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        self._address = torch.ops.mkldnn.data_ptr(self.packed)
+        self.num_bytes = torch.ops.mkldnn._nbytes(self.packed)
+        self.has_blocks = has_pair_units(weight.dtype) and self._lies_in_blocks(weight)
+        self.can_gate = False
+        if self.has_blocks:
+            from server.kernels.products import COLUMNS
+
+            self._block_bytes = self.num_bytes // -(-self.out_features // COLUMNS)
+            # Whether each half of the outputs is a number of whole blocks.
+            self.can_gate = self.out_features % (2 * COLUMNS) == 0
+
+    def forward(self, hidden: Tensor, *, activation: str = "none", algorithm: str = "") -> Tensor:
+        """The activation, in oneDNN's words, is applied to the float32 sums before any rounding."""
+        rows = hidden.reshape(-1, self.in_features)
+        if self.has_blocks and activation == "none":
+            rows = rows if rows.stride(1) == 1 else rows.contiguous()
+            projected = rows.new_empty(len(rows), self.out_features)
+            run([self.call(rows, projected)])
+        else:
+            projected = self._multiply_by_library(rows, activation, algorithm)
+        return projected.view(*hidden.shape[:-1], self.out_features)
+
+    def gated(self, rows: Tensor) -> Tensor:
+        """[rows, in] -> [rows, out / 2]: SiLU of the first half of the outputs times the second.
+
+        Only where it `can_gate`. Nothing between is rounded.
+        """
+        output = rows.new_empty(len(rows), self.out_features // 2)
+        run([self.call(rows, output)])
+        return output
+
+    def call(self, rows: Tensor, output: Tensor) -> Call:
+        """rows [rows, in] into output [rows, out], contiguous, or gated into [rows, out / 2].
+
+        Only where it `has_blocks`, or `can_gate`.
+        """
+        from server.kernels.products import MAX_ROWS, LinearArguments, num_tasks_of
+
+        if rows.stride(1) != 1 or not output.is_contiguous():
+            raise ValueError("rows or output do not lie as they must")
+        num_rows, num_columns = rows.shape[0], output.shape[1]
+        arguments = LinearArguments(
+            num_tasks=num_tasks_of(num_rows=num_rows, num_columns=num_columns),
+            rows=rows.data_ptr(),
+            row_bytes=rows.stride(0) * rows.element_size(),
+            num_rows=num_rows,
+            weight=self._address,
+            block_bytes=self._block_bytes,
+            num_pairs=self.in_features // 2,
+            bias=0 if self.bias is None else self.bias.data_ptr(),
+            output=output.data_ptr(),
+            output_bytes=num_columns * output.element_size(),
+            num_columns=num_columns,
+        )
+        is_gated = num_columns != self.out_features
+        function = _compiled_linear(has_bias=self.bias is not None, is_gated=is_gated)
+        return Call(function, arguments, num_bytes=-(-num_rows // MAX_ROWS) * self.num_bytes)
+
+    def _multiply_by_library(self, rows: Tensor, activation: str, algorithm: str) -> Tensor:
+        num_missing = max(0, FEWEST_ROWS - len(rows))
+        if num_missing:
+            rows = F.pad(rows, (0, 0, 0, num_missing))
+        projected: Tensor = torch.ops.mkldnn._linear_pointwise(
+            rows, self.packed, self.bias, activation, [], algorithm
+        )
+        return projected[:-num_missing] if num_missing else projected
+
+    def _lies_in_blocks(self, weight: Tensor) -> bool:
+        """Whether our loops can read what was packed: the first and the last block are looked at.
+
+        The order is oneDNN's own affair, and may be another with its next version or another CPU.
+        """
+        from server.kernels.products import COLUMNS, WIDTH
+
+        num_blocks = -(-self.out_features // COLUMNS)
+        block_bytes = COLUMNS * self.in_features * weight.element_size()
+        if (
+            self.out_features % WIDTH
+            or self.in_features % 2
+            or self.num_bytes != num_blocks * block_bytes
+        ):
+            return False
+        for block in (0, num_blocks - 1):
+            columns = weight[block * COLUMNS : (block + 1) * COLUMNS].detach().view(torch.int16)
+            columns = F.pad(columns, (0, 0, 0, COLUMNS - len(columns)))
+            pairs = columns.view(COLUMNS, -1, 2).transpose(0, 1).reshape(-1)
+            place = (ctypes.c_int16 * len(pairs)).from_address(self._address + block * block_bytes)
+            if not torch.equal(pairs, torch.frombuffer(place, dtype=torch.int16)):
+                return False
+        return True
+
+
+@cache
+def _compiled_linear(*, has_bias: bool, is_gated: bool) -> Any:
+    from server.kernels import products
+
+    return products.compile_linear(has_bias=has_bias, is_gated=is_gated)
