@@ -22,9 +22,16 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from server.kernels.attention import HIDDEN
-from server.kernels.products import COLUMNS, MAX_ROWS, NUM_VECTORS, SUMS_BYTES, WIDTH, multiply
+from server.kernels.products import (
+    COLUMNS,
+    MAX_ROWS,
+    NUM_VECTORS,
+    SUMS_BYTES,
+    WIDTH,
+    multiply,
+    store_rounded,
+)
 from server.kernels.vectors import (
-    BFLOAT16,
     FLOAT,
     FLOAT32,
     INT32,
@@ -46,6 +53,8 @@ from server.kernels.vectors import (
 PAGE_SIZE = COLUMNS
 SCORES_BYTES, WEIGHTS_BYTES = 4 * PAGE_SIZE, 2 * PAGE_SIZE
 """Of one query with one page."""
+
+STATE_BYTES = 8
 
 TASK_ROWS = 4 * MAX_ROWS
 """Queries that walk the pages together: a page is then in a cache for all but the first of them."""
@@ -102,17 +111,16 @@ def _weigh(
     scores: Any,
     num_visible: Any,
     scale: Any,
-    largest_at: Any,
-    sum_at: Any,
+    state: Any,
     weights: Any,
 ) -> Any:
     """Scores of one query with a page -> weights bfloat16 [64]; what all before them shrinks by.
 
-    `largest_at` and `sum_at` hold the largest score so far and the sum of the weights.
+    `state` holds the largest score so far and the sum of the weights.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        score_address, count, scale_value, largest_address, sum_address, weight_address = arguments
+        score_address, count, scale_value, state_address, weight_address = arguments
         factor = splat(builder, scale_value, WIDTH)
         last = splat(builder, builder.trunc(count, INT32), WIDTH)
         parts = []
@@ -122,8 +130,8 @@ def _weigh(
             row = load_row(builder, score_address, INT64(part), WIDTH, FLOAT32)
             hidden = constant(HIDDEN, WIDTH)
             parts.append(builder.select(is_seen, builder.fmul(row, factor), hidden))
-        largest_place = float_pointer(builder, largest_address, INT64(0))
-        sum_place = float_pointer(builder, sum_address, INT64(0))
+        largest_place = float_pointer(builder, state_address, INT64(0))
+        sum_place = float_pointer(builder, state_address, INT64(1))
         before = builder.load(largest_place)
         greatest = parts[0]
         for part in parts[1:]:
@@ -135,88 +143,91 @@ def _weigh(
         for index, part in enumerate(parts):
             weight = exp(builder, builder.fsub(part, level), WIDTH)
             total = builder.fadd(total, weight)
-            store_row(builder, weight, weight_address, INT64(index), WIDTH, BFLOAT16)
-        # A vector for one number, because the sum must shrink by just what the weights shrink by.
-        shrink = exp(builder, splat(builder, builder.fsub(before, largest), 4), 4)
-        shrink = builder.extract_element(shrink, INT32(0))
+            store_rounded(builder, weight, weight_address, INT64(index))
         total = reduce(builder, "fadd", total, WIDTH, FLOAT(0.0))
+        # Where the largest is what it was, nothing shrinks. What is not a number is never equal.
+        shrink_place = cgutils.alloca_once(builder, FLOAT)
+        builder.store(FLOAT(1.0), shrink_place)
+        with builder.if_then(builder.fcmp_unordered("!=", before, largest)):
+            # A vector for one number: the sum must shrink by just what the weights shrink by.
+            shrunk = exp(builder, splat(builder, builder.fsub(before, largest), 4), 4)
+            builder.store(builder.extract_element(shrunk, INT32(0)), shrink_place)
+        shrink = builder.load(shrink_place)
         builder.store(times_plus(builder, builder.load(sum_place), shrink, total), sum_place)
         builder.store(largest, largest_place)
         return shrink
 
-    addresses = [types.int64] * 3
-    signature = types.float32(types.int64, types.int64, types.float32, *addresses)
+    signature = types.float32(types.int64, types.int64, types.float32, types.int64, types.int64)
     return signature, generate
 
 
 @intrinsic
-def _shrink(typing_context: Any, row: Any, num_vectors: Any, factor: Any) -> Any:
-    """Multiply a row of float32 in its place."""
+def _shrink(typing_context: Any, row: Any, factor: Any) -> Any:
+    """Multiply float32 [64] in its place."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address, count, scalar = arguments
-        factors = splat(builder, scalar, WIDTH)
-        with cgutils.for_range(builder, count) as loop:
-            values = load_row(builder, address, loop.index, WIDTH, FLOAT32)
-            shrunk = builder.fmul(values, factors)
-            store_row(builder, shrunk, address, loop.index, WIDTH, FLOAT32)
+        address, scalar = arguments
+        for part, values in enumerate(_scaled(builder, address, scalar)):
+            store_row(builder, values, address, INT64(part), WIDTH, FLOAT32)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32), generate
+
+
+@intrinsic
+def _store_attended(typing_context: Any, row: Any, output: Any, factor: Any) -> Any:
+    """Multiply float32 [64] and store it as bfloat16."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, target, scalar = arguments
+        for part, values in enumerate(_scaled(builder, address, scalar)):
+            store_rounded(builder, values, target, INT64(part))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.float32), generate
 
 
-@intrinsic
-def _store_attended(
-    typing_context: Any, row: Any, output: Any, num_vectors: Any, factor: Any
-) -> Any:
-    """Multiply a row of float32 and store it as bfloat16."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address, target, count, scalar = arguments
-        factors = splat(builder, scalar, WIDTH)
-        with cgutils.for_range(builder, count) as loop:
-            values = load_row(builder, address, loop.index, WIDTH, FLOAT32)
-            shared = builder.fmul(values, factors)
-            store_row(builder, shared, target, loop.index, WIDTH, BFLOAT16)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3, types.float32), generate
+def _scaled(builder: Any, address: Any, scalar: Any) -> list[Any]:
+    factors = splat(builder, scalar, WIDTH)
+    parts = [load_row(builder, address, INT64(part), WIDTH, FLOAT32) for part in range(NUM_VECTORS)]
+    return [builder.fmul(values, factors) for values in parts]
 
 
 def compile_attend(*, group: int, head_dim: int) -> Any:
     """The function that takes the address of `PairAttentionArguments` and fills `output`.
 
-    `group` query heads share a key/value head; `head_dim` is a multiple of 64.
+    `group` query heads share a key/value head; `head_dim` is a multiple of 64. The rows of a task
+    are the queries of its tokens, by key/value head; they are multiplied in parts of MAX_ROWS.
     """
     hidden, one = np.float32(HIDDEN), np.float32(1.0)
     scale = np.float32(head_dim**-0.5)
     row_bytes = 2 * head_dim
     page_bytes = row_bytes * PAGE_SIZE
-    num_parts = head_dim // COLUMNS
-    part_bytes = page_bytes // num_parts
+    num_blocks = head_dim // COLUMNS  # of a page's values, and of what is attended
+    block_bytes = page_bytes // num_blocks
     tokens_of_task = _tokens_of_task(group)
     max_rows = tokens_of_task * group
-    max_groups = (max_rows + MAX_ROWS - 1) // MAX_ROWS
+    max_parts = (max_rows + MAX_ROWS - 1) // MAX_ROWS
+    part_bytes = num_blocks * SUMS_BYTES
 
     def attend(address: Any) -> None:
         call = carray(address, (NUM_FIELDS,), np.int64)
         next_task = call[NEXT_TASK:].ctypes.data
         num_sequences, num_kv_heads = call[NUM_SEQUENCES], call[NUM_KV_HEADS]
-        width = call[TABLE_WIDTH]
         bounds = carray(pointer(call[BOUNDS]), (num_sequences + 1,), np.int32)
         lengths = carray(pointer(call[LENGTHS]), (num_sequences,), np.int32)
-        table = carray(pointer(call[BLOCK_TABLE]), (num_sequences, width), np.int32)
+        table = carray(pointer(call[BLOCK_TABLE]), (num_sequences, call[TABLE_WIDTH]), np.int32)
         token_bytes = num_kv_heads * group * row_bytes
         most_heads = call[HEADS_OF_TASK]
         rows = np.empty((most_heads, max_rows, head_dim), np.uint16)
-        last_pair = np.zeros((COLUMNS, 2), np.uint16)
-        weights = np.empty((MAX_ROWS, PAGE_SIZE), np.uint16)
+        state = np.empty((most_heads, max_rows, 2), np.float32)  # largest score, sum of weights
+        sums = np.empty((most_heads, max_parts, num_blocks, MAX_ROWS, COLUMNS), np.float32)
         scores = np.empty((MAX_ROWS, PAGE_SIZE), np.float32)
-        state = np.empty((most_heads, max_rows, 2), np.float32)
-        # By groups of rows, then by parts of the dimensions: what `multiply` adds to.
-        sums = np.empty((most_heads, max_groups, num_parts, MAX_ROWS, COLUMNS), np.float32)
-        weights_at, scores_at = np.int64(weights.ctypes.data), np.int64(scores.ctypes.data)
-        last_pair_at = np.int64(last_pair.ctypes.data)
+        weights = np.empty((MAX_ROWS, PAGE_SIZE), np.uint16)
+        last_pair = np.zeros((COLUMNS, 2), np.uint16)
+        rows_at, state_at = np.int64(rows.ctypes.data), np.int64(state.ctypes.data)
+        sums_at, scores_at = np.int64(sums.ctypes.data), np.int64(scores.ctypes.data)
+        weights_at, last_pair_at = np.int64(weights.ctypes.data), np.int64(last_pair.ctypes.data)
         sequence, first_task = 0, 0  # of that sequence
         while True:
             task = fetch_add(next_task)
@@ -240,10 +251,11 @@ def compile_attend(*, group: int, head_dim: int) -> Any:
             first = np.int64(bounds[sequence]) + chunk * tokens_of_task
             stop = min(first + tokens_of_task, np.int64(bounds[sequence + 1]))
             num_rows = (stop - first) * group
-            num_groups = (num_rows + MAX_ROWS - 1) // MAX_ROWS
-            # Of the chunk's first token; each further one sees one more.
+            num_parts = (num_rows + MAX_ROWS - 1) // MAX_ROWS
+            # By the chunk's first token; each further one sees one more.
             num_seen = np.int64(lengths[sequence]) - np.int64(bounds[sequence + 1]) + first + 1
             most_seen = num_seen + stop - first - 1
+
             for token in range(first, stop):
                 start = call[QUERIES] + token * call[QUERY_BYTES] + first_head * group * row_bytes
                 own = carray(pointer(start), (num_heads, group, head_dim), np.uint16)
@@ -254,92 +266,68 @@ def compile_attend(*, group: int, head_dim: int) -> Any:
                             rows[kv_head, row, dimension] = own[kv_head, head, dimension]
             state[:num_heads, :num_rows, 0] = hidden
             state[:num_heads, :num_rows, 1] = 0
-            sums[:num_heads, :num_groups] = 0
+            sums[:num_heads, :num_parts] = 0
+
             num_pages = (most_seen + PAGE_SIZE - 1) // PAGE_SIZE
             for page in range(num_pages):
-                following = np.int64(table[sequence, min(page + 1, num_pages - 1)])
-                next_block = (following * num_kv_heads + first_head) * page_bytes
-                block = (np.int64(table[sequence, page]) * num_kv_heads + first_head) * page_bytes
+                here = (np.int64(table[sequence, page]) * num_kv_heads + first_head) * page_bytes
+                after = np.int64(table[sequence, min(page + 1, num_pages - 1)])
+                after = (after * num_kv_heads + first_head) * page_bytes
                 # What lies behind the last position that is seen is somebody else's, or nothing.
                 num_used = min(most_seen - page * PAGE_SIZE, np.int64(PAGE_SIZE))
-                for each in range(num_heads * num_groups):
-                    kv_head, part_of_rows = each // num_groups, each % num_groups
-                    keys = call[KEYS] + block + kv_head * page_bytes
-                    values = call[VALUES] + block + kv_head * page_bytes
-                    ahead = (
-                        page_bytes
-                        if kv_head + 1 < num_heads
-                        else next_block - block - kv_head * page_bytes
-                    )
-                    base = part_of_rows * num_rows // num_groups
-                    count = (part_of_rows + 1) * num_rows // num_groups - base
-                    own_rows = np.int64(rows.ctypes.data) + (kv_head * max_rows + base) * row_bytes
-                    own_state = np.int64(state.ctypes.data) + (kv_head * max_rows + base) * 8
-                    own_sums = (
-                        np.int64(sums.ctypes.data)
-                        + (kv_head * max_groups + part_of_rows) * num_parts * SUMS_BYTES
-                    )
+                for turn in range(num_heads * num_parts):
+                    kv_head, part = turn // num_parts, turn % num_parts
+                    keys = call[KEYS] + here + kv_head * page_bytes
+                    values = call[VALUES] + here + kv_head * page_bytes
+                    # From this head's keys and values to those that are computed next.
+                    ahead = page_bytes
+                    if kv_head + 1 == num_heads:
+                        ahead = after - here - kv_head * page_bytes
+                    row = part * num_rows // num_parts
+                    count = (part + 1) * num_rows // num_parts - row
+                    queries = rows_at + (kv_head * max_rows + row) * row_bytes
+                    states = state_at + (kv_head * max_rows + row) * STATE_BYTES
+                    attended = sums_at + (kv_head * max_parts + part) * part_bytes
+                    following = keys + ahead
                     multiply(
-                        own_rows, row_bytes, count, keys, head_dim // 2, scores_at, keys + ahead, 0
+                        queries, row_bytes, count, keys, head_dim // 2, scores_at, following, 0
                     )
-                    for row in range(count):
+                    for each in range(count):
                         shrink = _weigh(
-                            scores_at + row * SCORES_BYTES,
-                            num_seen + (base + row) // group - page * PAGE_SIZE,
+                            scores_at + each * SCORES_BYTES,
+                            num_seen + (row + each) // group - page * PAGE_SIZE,
                             scale,
-                            own_state + row * 8,
-                            own_state + row * 8 + 4,
-                            weights_at + row * WEIGHTS_BYTES,
+                            states + each * STATE_BYTES,
+                            weights_at + each * WEIGHTS_BYTES,
                         )
                         if shrink != one:
-                            for part in range(num_parts):
-                                place = own_sums + part * SUMS_BYTES + row * SCORES_BYTES
-                                _shrink(place, NUM_VECTORS, shrink)
-                    for part in range(num_parts):
-                        place, stored = own_sums + part * SUMS_BYTES, values + part * part_bytes
-                        if num_used >= 2:
-                            pairs = num_used // 2
+                            for block in range(num_blocks):
+                                place = attended + block * SUMS_BYTES + each * SCORES_BYTES
+                                _shrink(place, shrink)
+                    for block in range(num_blocks):
+                        place, stored = attended + block * SUMS_BYTES, values + block * block_bytes
+                        following, pairs = stored + ahead, num_used // 2
+                        if pairs:
                             multiply(
-                                weights_at,
-                                WEIGHTS_BYTES,
-                                count,
-                                stored,
-                                pairs,
-                                place,
-                                stored + ahead,
-                                1,
+                                weights_at, WEIGHTS_BYTES, count, stored, pairs, place, following, 1
                             )
                         if num_used % 2:
                             half = carray(pointer(stored), (PAGE_SIZE // 2, COLUMNS, 2), np.uint16)
                             for column in range(COLUMNS):
-                                last_pair[column, 0] = half[num_used // 2, column, 0]
-                            weight = weights_at + (num_used - 1) * 2
-                            multiply(
-                                weight,
-                                WEIGHTS_BYTES,
-                                count,
-                                last_pair_at,
-                                1,
-                                place,
-                                last_pair_at,
-                                1,
-                            )
-            for each in range(num_heads * num_groups):
-                kv_head, part_of_rows = each // num_groups, each % num_groups
-                base = part_of_rows * num_rows // num_groups
-                for row in range((part_of_rows + 1) * num_rows // num_groups - base):
-                    token = first + (base + row) // group
-                    head = (first_head + kv_head) * group + (base + row) % group
-                    target = call[OUTPUT] + token * token_bytes + head * row_bytes
-                    place = (
-                        np.int64(sums.ctypes.data)
-                        + (kv_head * max_groups + part_of_rows) * num_parts * SUMS_BYTES
-                        + row * SCORES_BYTES
-                    )
-                    share = one / state[kv_head, base + row, 1]
-                    for part in range(num_parts):
-                        output = target + part * COLUMNS * 2
-                        _store_attended(place + part * SUMS_BYTES, output, NUM_VECTORS, share)
+                                last_pair[column, 0] = half[pairs, column, 0]
+                            last, pair = weights_at + 2 * pairs * 2, last_pair_at
+                            multiply(last, WEIGHTS_BYTES, count, pair, 1, place, pair, 1)
+
+            for turn in range(num_heads * num_rows):
+                kv_head, row = turn // num_rows, turn % num_rows
+                part = ((row + 1) * num_parts - 1) // num_rows
+                place = sums_at + (kv_head * max_parts + part) * part_bytes
+                place += (row - part * num_rows // num_parts) * SCORES_BYTES
+                head = (first_head + kv_head) * group + row % group
+                target = call[OUTPUT] + (first + row // group) * token_bytes + head * row_bytes
+                share = one / state[kv_head, row, 1]
+                for block in range(num_blocks):
+                    _store_attended(place + block * SUMS_BYTES, target + block * COLUMNS * 2, share)
 
     return compiled(attend)
 

@@ -31,7 +31,7 @@ def dense_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     group = queries.shape[1] // keys.shape[1]
     keys = keys.double().repeat_interleave(group, dim=1)
     values = values.double().repeat_interleave(group, dim=1)
-    scores = torch.einsum("qhd,khd->hqk", queries.double(), keys) / HEAD_DIM**0.5
+    scores = torch.einsum("qhd,khd->hqk", queries.double(), keys) / keys.shape[2] ** 0.5
     query_positions = torch.arange(len(queries), device=queries.device) + len(keys) - len(queries)
     hidden = torch.arange(len(keys), device=queries.device)[None, :] > query_positions[:, None]
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
@@ -44,6 +44,7 @@ def build_scene(
     *,
     page_size: int = 4,
     heads: tuple[int, int] = (6, 2),
+    head_dim: int = HEAD_DIM,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> Scene:
@@ -51,7 +52,7 @@ def build_scene(
     generator = torch.Generator().manual_seed(len(lengths) + page_size)
 
     def normal(count: int, num_heads: int) -> Tensor:
-        return torch.randn(count, num_heads, HEAD_DIM, generator=generator).to(device, dtype)
+        return torch.randn(count, num_heads, head_dim, generator=generator).to(device, dtype)
 
     num_heads, num_kv_heads = heads
     backend = BACKENDS[name].build(page_size)
@@ -59,7 +60,7 @@ def build_scene(
     num_pages = sum(pages_needed) + 3
     order = torch.randperm(num_pages, generator=generator, dtype=torch.int32)
     caches = backend.allocate(
-        2, num_pages, num_kv_heads=num_kv_heads, head_dim=HEAD_DIM, dtype=dtype, device=device
+        2, num_pages, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype, device=device
     )
     # columns that must not be read point at a page that does not exist
     table = torch.full((len(lengths), max(pages_needed) + 1), 10_000, dtype=torch.int32)

@@ -1,0 +1,132 @@
+"""Packed linear layers, by our own loop and by oneDNN, against the same in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from server.kernels import machine
+from server.kernels.machine import has_pair_units
+from server.kernels.products import MAX_ROWS, ROWS_AT_ONCE
+from server.model.packed import PackedLinear
+
+needs_pair_units = pytest.mark.skipif(
+    not has_pair_units(torch.bfloat16), reason="this CPU does not multiply pairs of bfloat16"
+)
+
+NUM_ROWS = (1, MAX_ROWS - 1, MAX_ROWS, MAX_ROWS + 1, 2 * MAX_ROWS + 1, ROWS_AT_ONCE + 1, 300)
+
+BLOCKS = [(128, 64), (192, 1024), (224, 224), (80, 32)]
+"""Outputs and inputs that lie in blocks, the last of which need not be full."""
+
+NO_BLOCKS = [(100, 64), (64, 33), (8, 2)]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).bfloat16()
+
+
+def layer(out: int, size: int, *, has_bias: bool = True) -> tuple[PackedLinear, Tensor, Tensor]:
+    """A layer, and its weight and bias in float64."""
+    weight, bias = normal(out, size, seed=1) / size**0.5, normal(out, seed=2)
+    packed = PackedLinear(weight, bias if has_bias else None)
+    return packed, weight.double(), bias.double() if has_bias else torch.zeros(out).double()
+
+
+def assert_close(result: Tensor, exact: Tensor) -> None:
+    assert result.dtype == torch.bfloat16
+    # One rounding at the end, and sums of float32.
+    torch.testing.assert_close(result.double(), exact, rtol=2**-8, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_rows", NUM_ROWS)
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("shape", [*BLOCKS, *NO_BLOCKS], ids=str)
+def test_a_layer_is_the_product(shape: tuple[int, int], has_bias: bool, num_rows: int) -> None:
+    packed, weight, bias = layer(*shape, has_bias=has_bias)
+    rows = normal(num_rows, shape[1])
+    assert_close(packed(rows), F.linear(rows.double(), weight, bias))
+
+
+@needs_pair_units
+def test_our_loop_is_taken_where_the_weight_lies_in_blocks() -> None:
+    assert all(layer(*shape)[0].has_blocks for shape in BLOCKS)
+    assert not any(layer(*shape)[0].has_blocks for shape in NO_BLOCKS)
+
+
+@needs_pair_units
+def test_it_is_not_taken_where_something_else_was_packed() -> None:
+    """As with a version of oneDNN that packs in another order."""
+    packed, weight, _ = layer(128, 64)
+    assert packed._lies_in_blocks(weight.bfloat16())
+    for changed in ((0, 0), (127, 63)):
+        other = weight.bfloat16()
+        other[changed] += 1
+        assert not packed._lies_in_blocks(other)
+
+
+@needs_pair_units
+@pytest.mark.parametrize("shape", BLOCKS, ids=str)
+def test_a_row_is_computed_as_it_would_be_alone(shape: tuple[int, int]) -> None:
+    packed, _, _ = layer(*shape)
+    rows = normal(ROWS_AT_ONCE + 20, shape[1])
+    alone = torch.cat([packed(row[None]) for row in rows])
+    for start, stop in ((0, len(rows)), (3, 10), (1, ROWS_AT_ONCE), (7, 7 + MAX_ROWS)):
+        assert torch.equal(packed(rows[start:stop]), alone[start:stop])
+
+
+@needs_pair_units
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("num_rows", NUM_ROWS)
+def test_gated(num_rows: int, has_bias: bool) -> None:
+    packed, weight, bias = layer(2 * 192, 64, has_bias=has_bias)
+    assert packed.can_gate
+    assert not layer(2 * 96, 64)[0].can_gate
+    rows = normal(num_rows, 64)
+    gates, values = F.linear(rows.double(), weight, bias).chunk(2, dim=-1)
+    assert_close(packed.gated(rows), F.silu(gates) * values)
+
+
+@pytest.mark.parametrize("shape", [(128, 64), (100, 64)], ids=str)
+def test_rows_may_lie_apart_and_have_any_number_of_dimensions(shape: tuple[int, int]) -> None:
+    packed, _, _ = layer(*shape)
+    wide = normal(2, 5, 3 * 64)
+    apart = wide[:, :, 64:128]
+    assert torch.equal(packed(apart), packed(apart.contiguous()))
+    crosswise = normal(64, 9).T
+    assert torch.equal(packed(crosswise), packed(crosswise.contiguous()))
+    assert packed(wide[:0, :, :64]).shape == (0, 5, shape[0])
+
+
+@needs_pair_units
+def test_an_output_of_another_layout_is_refused() -> None:
+    packed, _, _ = layer(128, 64)
+    with pytest.raises(ValueError, match="do not lie as they must"):
+        packed.call(normal(3, 64), normal(128, 3).T)
+
+
+@needs_pair_units
+def test_threads_that_share_the_work_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, _, _ = layer(192, 1024)
+    rows = normal(ROWS_AT_ONCE + 20, 1024)
+    alone = packed(rows)
+    monkeypatch.setattr(machine, "MIN_BYTES_TO_SHARE", 0)
+    torch.set_num_threads(2)
+    try:
+        together = packed(rows)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(together, alone)
+
+
+@needs_pair_units
+def test_what_is_not_a_number_stays_so_and_in_its_row() -> None:
+    packed, _, _ = layer(2 * 64, 64)
+    rows = normal(8, 64)
+    rows[3, 5] = torch.nan
+    for result in (packed(rows), packed.gated(rows)):
+        assert result[3].isnan().all()
+        assert result[[0, 1, 2, 4, 5, 6, 7]].isfinite().all()
