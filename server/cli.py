@@ -147,7 +147,7 @@ def serve(
             _start_logging()
             _allow_many_descriptors()
             _give_large_buffers_back()
-            _serve(settings, listener, admin_listener, tls)
+            asyncio.run(_serve(settings, listener, admin_listener, tls))
 
 
 @contextlib.contextmanager
@@ -354,7 +354,7 @@ def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
     return ConfigError(f"cannot listen on {host} port {port}: {error.strerror}")
 
 
-def _serve(
+async def _serve(
     config: Config,
     listener: socket.socket,
     admin_listener: socket.socket | None,
@@ -363,7 +363,6 @@ def _serve(
     _check_folders(config.media)
     files = _open_file_store(config.media)
     info, name = _read_model(config)
-    tokenizer, template = _read_chat(info)
     context_length = min(info.context_length, config.model.max_context or info.context_length)
     metrics = Metrics()
     failures: list[Exception] = []
@@ -372,7 +371,8 @@ def _serve(
         failures.append(error)
         server.should_exit = True
 
-    with contextlib.closing(_LoadingProgress()) as progress:
+    async with contextlib.AsyncExitStack() as ends:
+        progress = ends.enter_context(contextlib.closing(_LoadingProgress()))
         engine = EngineClient(
             info.path,
             vision=info.vision,
@@ -385,6 +385,10 @@ def _serve(
             ),
             on_loading=progress.update,
         )
+        # First of all, because it takes longest, and everything else beside it.
+        ends.push_async_callback(engine.stop)
+        await engine.launch()
+        tokenizer, template = await asyncio.to_thread(_read_chat, info)
         facts = _model_facts(info, context_length)
         media_reader = _media_reader(config.media, info.vision, files)
         prover = Prover(info.path)
@@ -428,11 +432,9 @@ def _serve(
         if admin_listener is not None:
             _listen(admin_listener)
             _log.info("metrics at %s/metrics", _address(admin_listener))
+        ends.callback(preparer.close)
         admin = _admin_server(metrics, config.http, admin_listener)
-        try:
-            asyncio.run(_run(server, listener, app, engine, on_ready, admin))
-        finally:
-            preparer.close()
+        await _run(server, listener, app, engine, on_ready, admin)
     for failure in failures:
         raise failure
 

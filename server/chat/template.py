@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 import tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from server.chat.calls import ARROW
 from server.chat.disguise import Disguise
@@ -193,6 +192,8 @@ class ChatTemplate:
         self.named_special_tokens = dict(special_tokens or {})
         self._tokenizer = tokenizer
         self._disguise = Disguise(tokenizer)
+        from transformers import PreTrainedTokenizerFast  # half a second, the engine loading
+
         # Only the sandboxed renderer is wanted of it; the vocabulary stays with our Tokenizer.
         self._renderer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
             tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE()),

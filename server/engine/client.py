@@ -228,6 +228,11 @@ class EngineClient:
     def queue(self) -> QueueStats:
         return self._requests.stats
 
+    async def launch(self) -> None:
+        """Begin to load; returns when the process runs. `start` does it where nobody else has."""
+        self._loop = asyncio.get_running_loop()
+        await self._process.launch()
+
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         await self._process.start()

@@ -145,6 +145,9 @@ class EngineProcess:
         self._silence_s = SILENCE_S
         self._life: _Life | None = None
         self._supervisor: asyncio.Task[None] | None = None
+        # Both are the running loop's, and made with the supervisor.
+        self._has_begun: asyncio.Event
+        self._is_ready: asyncio.Future[None]
 
     @property
     def is_silent(self) -> bool:
@@ -155,13 +158,20 @@ class EngineProcess:
     def pid(self) -> int | None:
         return self._life.process.pid if self._life is not None else None
 
+    async def launch(self) -> None:
+        """Returns when the first life has begun, or cannot; `start` waits for what comes of it."""
+        loop = asyncio.get_running_loop()
+        self._has_begun, self._is_ready = asyncio.Event(), loop.create_future()
+        directory = Path(tempfile.mkdtemp(prefix="hcx-"))  # mode 0700
+        self._supervisor = asyncio.create_task(self._supervise(directory, self._is_ready))
+        await self._has_begun.wait()
+
     async def start(self) -> None:
         """Returns when the first life is ready; raises, and cleans up, if it never is."""
-        is_ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        directory = Path(tempfile.mkdtemp(prefix="hcx-"))  # mode 0700
-        self._supervisor = asyncio.create_task(self._supervise(directory, is_ready))
+        if self._supervisor is None:
+            await self.launch()
         try:
-            await is_ready
+            await asyncio.shield(self._is_ready)
         except BaseException:
             await self.stop()
             raise
@@ -182,6 +192,7 @@ class EngineProcess:
             self._supervisor.cancel()  # which kills what is still there
             await asyncio.gather(self._supervisor, return_exceptions=True)
             self._supervisor = None
+            self._is_ready.exception()  # or, if nobody waits for it, it is said to be lost
 
     async def _supervise(self, directory: Path, is_ready: asyncio.Future[None]) -> None:
         context = zmq.asyncio.Context()
@@ -201,6 +212,7 @@ class EngineProcess:
                 _log.error("%s; %s", failure, _outlook(delay_s))
                 self._listener.on_lost(is_final=delay_s is None)
         finally:
+            self._has_begun.set()
             if not is_ready.done():
                 is_ready.set_exception(CheckpointError("stopped before the model was loaded"))
             context.destroy(linger=0)
@@ -212,6 +224,7 @@ class EngineProcess:
         """One life of the process, to its end; returns what ended it."""
         try:
             self._life = await _Life.begin(context, directory, self._entry_module)
+            self._has_begun.set()
             self._life.outbox.put_nowait([encode(self._start_message)])
             return await self._watch(self._life, is_ready)
         except Exception:

@@ -41,8 +41,8 @@ where these would take longer than `TARGET_WAIT_S`."""
 
 FIRST_PROBE_TOKENS = 32
 PROBE_GROWTH = 4
-LONG_ENOUGH_S = TARGET_STEP_S / 8
-"""A probe that took so long is dominated by work that grows with its tokens."""
+LONG_ENOUGH_S = TARGET_STEP_S / 20
+"""By which a probe must take longer than an answer: enough to tell what one more token costs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def warm_up(
     probe = _Probe(runner, pool, clock)
     probe.run(_request((0,), max_tokens=2))  # the first steps of all: what is set up is set up here
     answer_s = min(probe.run(_request((0,), max_tokens=3))[1:])
-    num_tokens, prompt_s = _long_enough_prompt(probe, pool)
+    num_tokens, prompt_s = _long_enough_prompt(probe, pool, answer_s)
     # What one more token costs: a step of one token has read all weights already.
     token_s = max(prompt_s - answer_s, prompt_s / 10) / num_tokens
     if max_tokens is None:
@@ -95,7 +95,7 @@ def warm_up(
     return WarmUp(budget, num_stages, probe.slowest_s)
 
 
-def _long_enough_prompt(probe: _Probe, pool: BlockPool) -> tuple[int, float]:
+def _long_enough_prompt(probe: _Probe, pool: BlockPool, answer_s: float) -> tuple[int, float]:
     """A prompt's tokens and seconds, grown until its step is long enough to tell."""
     most = min(MAX_TOKENS_PER_STEP, pool.num_tokens - 1)
     num_tokens = min(FIRST_PROBE_TOKENS, most)
@@ -103,7 +103,7 @@ def _long_enough_prompt(probe: _Probe, pool: BlockPool) -> tuple[int, float]:
         request = _request((0,) * num_tokens, max_tokens=1)
         # Twice: one hiccup must not make every later step small.
         step_s = min(max(probe.run(request)) for _ in range(2))
-        if step_s >= LONG_ENOUGH_S or num_tokens * PROBE_GROWTH > most:
+        if step_s - answer_s >= LONG_ENOUGH_S or num_tokens * PROBE_GROWTH > most:
             return num_tokens, step_s
         num_tokens *= PROBE_GROWTH
 

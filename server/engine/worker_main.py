@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -75,6 +76,9 @@ def _load(channel: SocketChannel, wrap: Callable[[Runner], StepRunner]) -> Worke
     if start.num_threads is not None:
         torch.set_num_threads(start.num_threads)
     info = read_checkpoint(Path(start.checkpoint))
+    reading = ThreadPoolExecutor(1)
+    vocabulary = reading.submit(read_vocabulary, info.path)
+    reading.shutdown(wait=False)
     device = _choose_device(start.device)
     dtype = choose_dtype(start.dtype, info, device=device)
     backend = choose_backend(
@@ -117,6 +121,11 @@ def _load(channel: SocketChannel, wrap: Callable[[Runner], StepRunner]) -> Worke
             placeholder_ids=_placeholder_ids(vision),
         )
     )
+    masks = MaskBuilder(
+        vocabulary.result(),
+        num_ids=info.text.logits_rows,
+        reserved_ids=_placeholder_ids(vision),
+    )
     # The same blocks, but what the warm-up leaves in them is nothing anybody could share.
     measured = warm_up(
         runner,
@@ -137,11 +146,6 @@ def _load(channel: SocketChannel, wrap: Callable[[Runner], StepRunner]) -> Worke
         budget=budget,
         # Each of them takes a position of every step.
         max_running=min(start.max_requests_running, budget.max_tokens),
-    )
-    masks = MaskBuilder(
-        read_vocabulary(info.path),
-        num_ids=info.text.logits_rows,
-        reserved_ids=_placeholder_ids(vision),
     )
     facts = EngineFacts(
         logits_width=info.text.logits_rows,

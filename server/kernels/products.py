@@ -90,31 +90,35 @@ def multiply(
     adds = bool(is_added.literal_value)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        row_address, bytes_apart, count, block_address, pairs, sums_address, following = arguments[
-            :7
-        ]
-        start = builder.block
-        end = builder.append_basic_block("multiplied")
-        cases = [builder.append_basic_block(f"rows{n}") for n in range(1, MAX_ROWS + 1)]
-        builder.position_at_end(start)
-        choice = builder.switch(count, cases[-1])
-        for number, case in enumerate(cases[:-1], start=1):
-            choice.add_case(INT64(number), case)
-        for number, case in enumerate(cases, start=1):
-            builder.position_at_end(case)
-            places = [
-                builder.add(row_address, builder.mul(bytes_apart, INT64(row)))
-                for row in range(number)
-            ]
-            _multiply_rows(
-                builder, places, block_address, pairs, sums_address, following, adds=adds
-            )
-            builder.branch(end)
-        builder.position_at_end(end)
+        builder.call(_multiply_function(builder.module, adds=adds), arguments[:7])
         return context.get_dummy_value()
 
     literal = types.literal(is_added.literal_value)
     return types.void(*[types.int64] * 7, literal), generate
+
+
+def _multiply_function(module: Any, *, adds: bool) -> Any:
+    """The module's own function for all calls of `multiply`: compiled once, and not inlined."""
+    name = f"multiply_{'added' if adds else 'new'}"
+    if name in module.globals:
+        return module.globals[name]
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [INT64] * 7), name)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    row_address, bytes_apart, count, block, *others = function.args
+    cases = [function.append_basic_block(f"rows{n}") for n in range(1, MAX_ROWS + 1)]
+    choice = builder.switch(count, cases[-1])
+    for number, case in enumerate(cases, start=1):
+        if case is not cases[-1]:
+            choice.add_case(INT64(number), case)
+        builder.position_at_end(case)
+        places = [
+            builder.add(row_address, builder.mul(bytes_apart, INT64(row))) for row in range(number)
+        ]
+        _multiply_rows(builder, places, block, *others, adds=adds)
+        builder.ret_void()
+    return function
 
 
 def _multiply_rows(
