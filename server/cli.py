@@ -147,7 +147,9 @@ def serve(
             _start_logging()
             _allow_many_descriptors()
             _give_large_buffers_back()
-            asyncio.run(_serve(settings, listener, admin_listener, tls))
+            # Cancelled by a signal that came before there was anything to drain.
+            with contextlib.suppress(asyncio.CancelledError):
+                asyncio.run(_serve(settings, listener, admin_listener, tls))
 
 
 @contextlib.contextmanager
@@ -385,6 +387,7 @@ async def _serve(
             ),
             on_loading=progress.update,
         )
+        _be_cancelled_by_signals()
         # First of all, because it takes longest, and everything else beside it.
         ends.push_async_callback(engine.stop)
         await engine.launch()
@@ -437,6 +440,14 @@ async def _serve(
         await _run(server, listener, app, engine, on_ready, admin)
     for failure in failures:
         raise failure
+
+
+def _be_cancelled_by_signals() -> None:
+    """Until there is something to drain. SIGTERM alone would leave the engine's files behind."""
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
 
 
 def _check_folders(media: MediaConfig) -> None:

@@ -275,6 +275,66 @@ def test_serve_from_start_to_end(tiny: Path, tmp_path: Path) -> None:
         assert not is_running(worker)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("after_s", [0.0, 0.5])
+def test_a_signal_while_the_engine_starts_leaves_nothing(
+    tiny: Path, tmp_path: Path, after_s: float, number: signal.Signals
+) -> None:
+    with subprocess.Popen(
+        command_line("serve", "--port", "0", "--model", tiny),
+        cwd=REPOSITORY,
+        env=environment({"TMPDIR": str(tmp_path)}),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        while not list(tmp_path.glob("hcx-*")):
+            assert process.poll() is None
+            time.sleep(0.002)
+        time.sleep(after_s)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "Traceback" not in said
+    assert_nothing_is_left(process.pid, tmp_path)
+
+
+def test_a_tokenizer_that_cannot_be_read_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
+    """It is read while the engine process starts."""
+    folder, temporary = tmp_path / "model", tmp_path / "temporary"
+    shutil.copytree(tiny, folder)
+    temporary.mkdir()
+    (folder / "tokenizer.json").write_text("{}")
+    with subprocess.Popen(
+        command_line("serve", "--port", "0", "--model", folder),
+        cwd=REPOSITORY,
+        env=environment({"TMPDIR": str(temporary)}),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert said.startswith("hcx-server: "), said
+    assert said.count("\n") == 1, said
+    assert_nothing_is_left(process.pid, temporary)
+
+
+def assert_nothing_is_left(group: int, temporary: Path) -> None:
+    """No process of a group, and no file in the folder for temporary ones."""
+    deadline_s = time.monotonic() + 10
+    while time.monotonic() < deadline_s:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.02)
+    else:
+        pytest.fail("a process is left")
+    assert not list(temporary.iterdir())
+
+
 def test_a_stream_in_progress_survives_ctrl_c(tiny: Path) -> None:
     """On a terminal Ctrl-C reaches the whole group of processes."""
     with serving("--model", tiny) as served:

@@ -192,7 +192,8 @@ class EngineProcess:
             self._supervisor.cancel()  # which kills what is still there
             await asyncio.gather(self._supervisor, return_exceptions=True)
             self._supervisor = None
-            self._is_ready.exception()  # or, if nobody waits for it, it is said to be lost
+            if self._is_ready.done():
+                self._is_ready.exception()  # or, where nobody waits for it, it would be said lost
 
     async def _supervise(self, directory: Path, is_ready: asyncio.Future[None]) -> None:
         context = zmq.asyncio.Context()

@@ -6,7 +6,7 @@ the state machine it is.
 Sequences join the running set as long as the cache has room for what is known of them: tenants in
 turn, and within a tenant by priority, then in the order they came. Nobody passes by the first in
 line because it needs more room. In a step every
-running answer goes on by one token; what is left of the budget goes to the prompts. Most of it the
+running answer goes on by one token; what is left of the budget goes to the prompts. Half of it the
 first to have joined share alike: prompts that came together are done at about the same time, and
 their answers then go on undisturbed. The rest goes to the short ones first. Pictures and videos,
 and prompts up to the last of them, may take only little of a step that running answers wait for.
@@ -45,7 +45,7 @@ from server.engine.sequence import (
     VisionSlice,
 )
 
-SHARED_PART = 2 / 3
+SHARED_PART = 1 / 2
 """So much of what prompts may take in a step is divided among the eldest of them."""
 
 LARGEST_SHARE = 1 / 4

@@ -62,7 +62,8 @@ def has_pair_units(dtype: torch.dtype) -> bool:
 class Call:
     """A compiled function and what it is called with, once.
 
-    All that the arguments hold the address of has to live until it has run.
+    Any number of threads call it at the same time with the same arguments, whose `next_task` is 0
+    before: they share its tasks. All that the arguments hold the address of has to live until then.
     """
 
     function: Any

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor, nn
 
 from server.attention.backend import AttentionInputs, PairBackend
@@ -44,7 +45,7 @@ class CompiledDecoder(nn.Module):
         """embeds [tokens, hidden], positions [tokens] -> normed states [asked, hidden]."""
         rotation = self.decoder.rotary(positions)
         room = _Room.for_tokens(len(embeds), self._layers[0], like=embeds)
-        hidden = embeds.clone()
+        hidden = embeds.clone(memory_format=torch.contiguous_format)
         product: Tensor | None = None  # what is still to be added to hidden
         calls: list[Call] = []
         for layer, cache in zip(self._layers, attention.caches, strict=True):
