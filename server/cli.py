@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -147,9 +148,10 @@ def serve(
             _start_logging()
             _allow_many_descriptors()
             _give_large_buffers_back()
-            # Cancelled by a signal that came before there was anything to drain.
-            with contextlib.suppress(asyncio.CancelledError):
-                asyncio.run(_serve(settings, listener, admin_listener, tls))
+            _check_folders(settings.media)
+            files = _open_file_store(settings.media)
+            info, name = _read_model(settings)
+            asyncio.run(_serve(settings, info, name, files, listener, admin_listener, tls))
 
 
 @contextlib.contextmanager
@@ -358,13 +360,13 @@ def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
 
 async def _serve(
     config: Config,
+    info: CheckpointInfo,
+    name: str,
+    files: FileStore | None,
     listener: socket.socket,
     admin_listener: socket.socket | None,
     tls: ssl.SSLContext | None,
 ) -> None:
-    _check_folders(config.media)
-    files = _open_file_store(config.media)
-    info, name = _read_model(config)
     context_length = min(info.context_length, config.model.max_context or info.context_length)
     metrics = Metrics()
     failures: list[Exception] = []
@@ -387,7 +389,7 @@ async def _serve(
             ),
             on_loading=progress.update,
         )
-        _be_cancelled_by_signals()
+        _exit_on_signals()
         # First of all, because it takes longest, and everything else beside it.
         ends.push_async_callback(engine.stop)
         await engine.launch()
@@ -442,12 +444,14 @@ async def _serve(
         raise failure
 
 
-def _be_cancelled_by_signals() -> None:
+def _exit_on_signals() -> None:
     """Until there is something to drain. SIGTERM alone would leave the engine's files behind."""
-    task = asyncio.current_task()
-    assert task is not None
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(0)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        signal.signal(number, leave)
 
 
 def _check_folders(media: MediaConfig) -> None:

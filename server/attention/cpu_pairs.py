@@ -12,8 +12,6 @@ from server.attention.inputs import AttentionInputs, LayerCache
 from server.attention.sdpa import zero_pages
 from server.kernels.machine import Call, has_pair_units, run
 
-LINE_BYTES = 64
-
 PAGE_SIZE = 64
 """The width of a block of `server.kernels.products`."""
 
@@ -73,6 +71,7 @@ class PairBackend:
         self, keys: Tensor, values: Tensor, cache: LayerCache, inputs: AttentionInputs
     ) -> Call:
         from server.kernels.pair_attention import PairWriteArguments, num_write_tasks
+        from server.kernels.vectors import CACHE_LINE_BYTES
 
         num_tokens, num_kv_heads, head_dim = keys.shape
         arguments = PairWriteArguments(
@@ -88,7 +87,8 @@ class PairBackend:
             slots=inputs.slot_mapping.data_ptr(),
         )
         # Every pair goes to a cache line of its own.
-        return Call(_compiled_write(head_dim=head_dim), arguments, LINE_BYTES * keys.numel())
+        num_bytes = CACHE_LINE_BYTES * keys.numel()
+        return Call(_compiled_write(head_dim=head_dim), arguments, num_bytes)
 
     def attend_call(
         self, queries: Tensor, output: Tensor, cache: LayerCache, inputs: AttentionInputs
@@ -100,8 +100,8 @@ class PairBackend:
         num_kv_heads, num_sequences = cache.keys.shape[1], inputs.seqused_k.shape[0]
         group = num_heads // num_kv_heads
         table = inputs.block_table
-        if not table.is_contiguous():
-            raise ValueError("the pages of a sequence do not lie side by side in the block table")
+        if not table.is_contiguous() or not output.is_contiguous():
+            raise ValueError("the block table or the output is not contiguous")
         arguments = PairAttentionArguments(
             num_tasks=most_tasks(
                 num_tokens=num_tokens,
@@ -138,8 +138,8 @@ def _heads_of_task(num_sequences: int, num_kv_heads: int) -> int:
 
 def _token_bytes(heads: Tensor) -> int:
     """From one token to the next of [tokens, heads, head_dim], whose tokens alone may be apart."""
-    if heads.stride()[1:] != (heads.shape[2], 1):
-        raise ValueError("the heads of a token do not lie side by side")
+    if heads.dtype != torch.bfloat16 or heads.stride()[1:] != (heads.shape[2], 1):
+        raise ValueError("heads are not bfloat16, or those of a token do not lie side by side")
     return heads.stride(0) * heads.element_size()
 
 

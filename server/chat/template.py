@@ -192,7 +192,8 @@ class ChatTemplate:
         self.named_special_tokens = dict(special_tokens or {})
         self._tokenizer = tokenizer
         self._disguise = Disguise(tokenizer)
-        from transformers import PreTrainedTokenizerFast  # half a second, the engine loading
+        # Not above: it takes half a second, and by now the engine process loads beside it.
+        from transformers import PreTrainedTokenizerFast
 
         # Only the sandboxed renderer is wanted of it; the vocabulary stays with our Tokenizer.
         self._renderer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]

@@ -61,7 +61,10 @@ def main(serve: Serve = child.serve, prepare: Callable[[], None] = lambda: None)
     base_bytes = _mapped_bytes()
     missing = isolate()
     die_with_parent()  # again: it was forgotten with the rights
-    control.send(encode(Ready(missing)))
+    try:
+        control.send(encode(Ready(missing)))
+    except BrokenPipeError:
+        return  # whoever asked for decoders has gone meanwhile
     gc.collect()
     gc.freeze()  # so that decoders share the pages for longer
     _Forker(control, start, serve, nowhere=nowhere, base_bytes=base_bytes).run()

@@ -55,7 +55,16 @@ def has_pair_units(dtype: torch.dtype) -> bool:
         and torch.cpu._is_avx512_bf16_supported()
         and not torch.cpu._is_amx_tile_supported()
         and has_compiler()
+        and "+avx512bf16" in _compiled_features()
     )
+
+
+def _compiled_features() -> str:
+    """What numba compiles for; NUMBA_CPU_NAME and others can make it another than this CPU."""
+    from numba.core.registry import cpu_target
+
+    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return str(features)
 
 
 @dataclass(frozen=True, slots=True)

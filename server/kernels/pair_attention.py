@@ -6,8 +6,9 @@ tokens in pairs, so that a product of weights with them is what is attended. The
 with a running maximum (the online softmax of FlashAttention, arXiv:2205.14135). As in the model's
 own code, scores and sums are float32 and the weights are rounded to bfloat16.
 
-A page that a query does not see changes nothing of its result, to the bit: so a token gets the same
-whatever tokens are computed beside it.
+What a query does not see changes nothing of its result, to the bit: so a token gets the same
+whatever tokens are computed beside it. Only infinite values, and what is not a number, reach the
+tokens of the same sequence that are computed together with theirs.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from server.kernels.vectors import (
     pointer,
     reduce,
     splat,
+    stack_room,
     store_row,
     times_plus,
     vector,
@@ -55,6 +57,7 @@ SCORES_BYTES, WEIGHTS_BYTES = 4 * PAGE_SIZE, 2 * PAGE_SIZE
 """Of one query with one page."""
 
 STATE_BYTES = 8
+"""Of a query: two float32."""
 
 TASK_ROWS = 4 * MAX_ROWS
 """Queries that walk the pages together: a page is then in a cache for all but the first of them."""
@@ -123,13 +126,14 @@ def _weigh(
         score_address, count, scale_value, state_address, weight_address = arguments
         factor = splat(builder, scale_value, WIDTH)
         last = splat(builder, builder.trunc(count, INT32), WIDTH)
-        parts = []
+        parts, seen = [], []
         for part in range(NUM_VECTORS):
             lanes = range(part * WIDTH, (part + 1) * WIDTH)
             is_seen = builder.icmp_signed("<", ir.Constant(vector(INT32, WIDTH), list(lanes)), last)
             row = load_row(builder, score_address, INT64(part), WIDTH, FLOAT32)
             hidden = constant(HIDDEN, WIDTH)
             parts.append(builder.select(is_seen, builder.fmul(row, factor), hidden))
+            seen.append(is_seen)
         largest_place = float_pointer(builder, state_address, INT64(0))
         sum_place = float_pointer(builder, state_address, INT64(1))
         before = builder.load(largest_place)
@@ -142,6 +146,8 @@ def _weigh(
         level, total = splat(builder, largest, WIDTH), constant(0.0, WIDTH)
         for index, part in enumerate(parts):
             weight = exp(builder, builder.fsub(part, level), WIDTH)
+            # Not nearly 0, but 0, or what is hidden would be felt.
+            weight = builder.select(seen[index], weight, constant(0.0, WIDTH))
             total = builder.fadd(total, weight)
             store_rounded(builder, weight, weight_address, INT64(index))
         total = reduce(builder, "fadd", total, WIDTH, FLOAT(0.0))
@@ -209,6 +215,8 @@ def compile_attend(*, group: int, head_dim: int) -> Any:
     max_rows = tokens_of_task * group
     max_parts = (max_rows + MAX_ROWS - 1) // MAX_ROWS
     part_bytes = num_blocks * SUMS_BYTES
+    scores_bytes, weights_bytes = MAX_ROWS * SCORES_BYTES, MAX_ROWS * WEIGHTS_BYTES
+    pair_bytes = 2 * 2 * COLUMNS
 
     def attend(address: Any) -> None:
         call = carray(address, (NUM_FIELDS,), np.int64)
@@ -222,12 +230,9 @@ def compile_attend(*, group: int, head_dim: int) -> Any:
         rows = np.empty((most_heads, max_rows, head_dim), np.uint16)
         state = np.empty((most_heads, max_rows, 2), np.float32)  # largest score, sum of weights
         sums = np.empty((most_heads, max_parts, num_blocks, MAX_ROWS, COLUMNS), np.float32)
-        scores = np.empty((MAX_ROWS, PAGE_SIZE), np.float32)
-        weights = np.empty((MAX_ROWS, PAGE_SIZE), np.uint16)
-        last_pair = np.zeros((COLUMNS, 2), np.uint16)
-        rows_at, state_at = np.int64(rows.ctypes.data), np.int64(state.ctypes.data)
-        sums_at, scores_at = np.int64(sums.ctypes.data), np.int64(scores.ctypes.data)
-        weights_at, last_pair_at = np.int64(weights.ctypes.data), np.int64(last_pair.ctypes.data)
+        scores_at, weights_at = stack_room(scores_bytes), stack_room(weights_bytes)
+        last_pair_at = stack_room(pair_bytes)
+        last_pair = carray(pointer(last_pair_at), (COLUMNS, 2), np.uint16)
         sequence, first_task = 0, 0  # of that sequence
         while True:
             task = fetch_add(next_task)
@@ -285,12 +290,15 @@ def compile_attend(*, group: int, head_dim: int) -> Any:
                         ahead = after - here - kv_head * page_bytes
                     row = part * num_rows // num_parts
                     count = (part + 1) * num_rows // num_parts - row
+                    # Taken here, by name, because numba frees an array after its last use.
+                    rows_at, state_at = np.int64(rows.ctypes.data), np.int64(state.ctypes.data)
+                    sums_at = np.int64(sums.ctypes.data)
                     queries = rows_at + (kv_head * max_rows + row) * row_bytes
                     states = state_at + (kv_head * max_rows + row) * STATE_BYTES
                     attended = sums_at + (kv_head * max_parts + part) * part_bytes
                     following = keys + ahead
                     multiply(
-                        queries, row_bytes, count, keys, head_dim // 2, scores_at, following, 0
+                        queries, row_bytes, count, keys, head_dim // 2, scores_at, following, 0, 1
                     )
                     for each in range(count):
                         shrink = _weigh(
@@ -309,19 +317,27 @@ def compile_attend(*, group: int, head_dim: int) -> Any:
                         following, pairs = stored + ahead, num_used // 2
                         if pairs:
                             multiply(
-                                weights_at, WEIGHTS_BYTES, count, stored, pairs, place, following, 1
+                                weights_at,
+                                WEIGHTS_BYTES,
+                                count,
+                                stored,
+                                pairs,
+                                place,
+                                following,
+                                1,
+                                1,
                             )
                         if num_used % 2:
                             half = carray(pointer(stored), (PAGE_SIZE // 2, COLUMNS, 2), np.uint16)
                             for column in range(COLUMNS):
                                 last_pair[column, 0] = half[pairs, column, 0]
                             last, pair = weights_at + 2 * pairs * 2, last_pair_at
-                            multiply(last, WEIGHTS_BYTES, count, pair, 1, place, pair, 1)
+                            multiply(last, WEIGHTS_BYTES, count, pair, 1, place, pair, 1, 1)
 
             for turn in range(num_heads * num_rows):
                 kv_head, row = turn // num_rows, turn % num_rows
                 part = ((row + 1) * num_parts - 1) // num_rows
-                place = sums_at + (kv_head * max_parts + part) * part_bytes
+                place = np.int64(sums.ctypes.data) + (kv_head * max_parts + part) * part_bytes
                 place += (row - part * num_rows // num_parts) * SCORES_BYTES
                 head = (first_head + kv_head) * group + row % group
                 target = call[OUTPUT] + (first + row // group) * token_bytes + head * row_bytes

@@ -19,7 +19,6 @@ from numba.extending import intrinsic
 
 from server.kernels.vectors import (
     BFLOAT16,
-    CACHE_LINE_BYTES,
     FLOAT,
     FLOAT32,
     INT32,
@@ -31,6 +30,7 @@ from server.kernels.vectors import (
     prefetch_row,
     silu,
     splat,
+    stack_room,
     store_row,
     vector,
 )
@@ -44,6 +44,7 @@ MAX_ROWS = 6
 SUMS_BYTES = MAX_ROWS * COLUMNS * 4
 
 FEW_ROWS = 3
+"""With so few, a block is multiplied in less time than memory takes for the next one."""
 
 WIDTH = 16
 NUM_VECTORS = COLUMNS // WIDTH
@@ -80,26 +81,27 @@ def multiply(
     sums: Any,
     next_block: Any,
     is_added: Any,
+    calls_ahead: Any,
 ) -> Any:
     """sums [num_rows, 64] = rows [num_rows, 2 * num_pairs] times a block, or that much more.
 
     `sums` is the address of float32 [MAX_ROWS, 64], rows and block of bfloat16; there are 1 to
-    MAX_ROWS rows, `row_bytes` apart. Where there is a next block, and rows are so few that memory
-    is what takes the time, it is called into the cache.
+    MAX_ROWS rows, `row_bytes` apart. With FEW_ROWS at most the next block is called into the cache,
+    where asked for: for blocks that lie one behind the other the processor does it itself.
     """
-    adds = bool(is_added.literal_value)
+    adds, ahead = bool(is_added.literal_value), bool(calls_ahead.literal_value)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        builder.call(_multiply_function(builder.module, adds=adds), arguments[:7])
+        builder.call(_multiply_function(builder.module, adds=adds, ahead=ahead), arguments[:7])
         return context.get_dummy_value()
 
-    literal = types.literal(is_added.literal_value)
-    return types.void(*[types.int64] * 7, literal), generate
+    literals = [types.literal(int(each)) for each in (adds, ahead)]
+    return types.void(*[types.int64] * 7, *literals), generate
 
 
-def _multiply_function(module: Any, *, adds: bool) -> Any:
+def _multiply_function(module: Any, *, adds: bool, ahead: bool) -> Any:
     """The module's own function for all calls of `multiply`: compiled once, and not inlined."""
-    name = f"multiply_{'added' if adds else 'new'}"
+    name = f"multiply_{'added' if adds else 'new'}{'_ahead' if ahead else ''}"
     if name in module.globals:
         return module.globals[name]
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [INT64] * 7), name)
@@ -116,7 +118,7 @@ def _multiply_function(module: Any, *, adds: bool) -> Any:
         places = [
             builder.add(row_address, builder.mul(bytes_apart, INT64(row))) for row in range(number)
         ]
-        _multiply_rows(builder, places, block, *others, adds=adds)
+        _multiply_rows(builder, places, block, *others, adds=adds, ahead=ahead)
         builder.ret_void()
     return function
 
@@ -130,6 +132,7 @@ def _multiply_rows(
     next_block: Any,
     *,
     adds: bool,
+    ahead: bool,
 ) -> None:
     """The loop for this number of rows; `rows` are their addresses."""
     multiply_pairs = builder.module.declare_intrinsic(
@@ -153,7 +156,7 @@ def _multiply_rows(
     current = list(carried)
     line = builder.add(block, builder.mul(index, INT64(COLUMNS * PAIR_BYTES)))
     weights = [_load_pairs(builder, line, part) for part in range(NUM_VECTORS)]
-    if adds is not None and len(rows) <= FEW_ROWS:
+    if ahead and len(rows) <= FEW_ROWS:
         prefetch_row(builder, next_block, index, COLUMNS * PAIR_BYTES)
     for row, address in enumerate(rows):
         place = builder.add(address, builder.mul(index, INT64(PAIR_BYTES)))
@@ -273,14 +276,14 @@ def compile_linear(*, has_bias: bool, is_gated: bool) -> Any:
     Gated, it makes SiLU(gates) * values of the sums themselves, before any rounding.
     """
     biased, gated = int(has_bias), int(is_gated)
+    room_bytes = 2 * SUMS_BYTES
 
     def linear(address: Any) -> None:
         call = carray(address, (NUM_FIELDS,), np.int64)
         next_task = call[NEXT_TASK:].ctypes.data
         num_rows, num_columns, num_pairs = call[NUM_ROWS], call[NUM_COLUMNS], call[NUM_PAIRS]
         num_chunks = (num_rows + ROWS_AT_ONCE - 1) // ROWS_AT_ONCE
-        sums_room = np.empty(2 * SUMS_BYTES + CACHE_LINE_BYTES, np.uint8)
-        sums = (np.int64(sums_room.ctypes.data) + CACHE_LINE_BYTES - 1) & -CACHE_LINE_BYTES
+        sums = stack_room(room_bytes)
         while True:
             task = fetch_add(next_task)
             if task >= call[NUM_TASKS]:
@@ -299,11 +302,11 @@ def compile_linear(*, has_bias: bool, is_gated: bool) -> Any:
                 start = first + group * num_here // num_groups
                 count = first + (group + 1) * num_here // num_groups - start
                 rows = call[ROWS] + start * call[ROW_BYTES]
-                multiply(rows, call[ROW_BYTES], count, weight, num_pairs, sums, weight, 0)
+                multiply(rows, call[ROW_BYTES], count, weight, num_pairs, sums, weight, 0, 0)
                 if gated:
                     second = sums + SUMS_BYTES
                     multiply(
-                        rows, call[ROW_BYTES], count, values_weight, num_pairs, second, weight, 0
+                        rows, call[ROW_BYTES], count, values_weight, num_pairs, second, weight, 0, 0
                     )
                 output = call[OUTPUT] + start * call[OUTPUT_BYTES] + column * 2
                 for row in range(count):

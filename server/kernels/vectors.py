@@ -169,6 +169,24 @@ def pointer(typing_context: Any, address: Any) -> Any:
     return types.voidptr(types.int64), generate
 
 
+@intrinsic(prefer_literal=True)
+def stack_room(typing_context: Any, num_bytes: Any) -> Any:
+    """The address of so many bytes, all 0, that are there until the function returns.
+
+    An array would not do: numba frees one after its last use by name, whoever has its address.
+    """
+    size = num_bytes.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        with builder.goto_entry_block():
+            room = builder.alloca(ir.ArrayType(ir.IntType(8), size))
+            room.align = CACHE_LINE_BYTES
+            builder.store(ir.Constant(room.type.pointee, None), room)
+        return builder.ptrtoint(room, INT64)
+
+    return types.int64(types.literal(size)), generate
+
+
 def compiled(function: Callable[[Any], None]) -> Any:
     """For a function of one address: its machine code, made now or by an earlier process.
 

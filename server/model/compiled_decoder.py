@@ -24,7 +24,9 @@ def compile_decoder(decoder: Decoder) -> CompiledDecoder | None:
     """None where a part of a layer has no loop of its own."""
     layers = [_parts(layer) for layer in decoder.layers if isinstance(layer, DecoderLayer)]
     known = [layer for layer in layers if layer is not None]
-    return CompiledDecoder(decoder, known) if len(known) == len(layers) else None
+    if not known or len(known) < len(decoder.layers):
+        return None
+    return CompiledDecoder(decoder, known)
 
 
 class CompiledDecoder(nn.Module):
@@ -67,7 +69,7 @@ class CompiledDecoder(nn.Module):
                 layer.backend.attend_call(queries, room.attended, cache, attention),
                 layer.attended.call(room.attended.flatten(1), room.product),
                 _norm(layer.inner_norm, hidden, room.normed, added=room.product),
-                layer.gates.call(room.normed, room.gated),
+                layer.gates.call(room.normed, room.gated, is_gated=True),
                 layer.down.call(room.gated, room.product),
             ]
             product = room.product

@@ -61,19 +61,26 @@ class PackedLinear(nn.Module):
         Only where it `can_gate`. Nothing between is rounded.
         """
         output = rows.new_empty(len(rows), self.out_features // 2)
-        run([self.call(rows, output)])
+        run([self.call(rows, output, is_gated=True)])
         return output
 
-    def call(self, rows: Tensor, output: Tensor) -> Call:
+    def call(self, rows: Tensor, output: Tensor, *, is_gated: bool = False) -> Call:
         """rows [rows, in] into output [rows, out], contiguous, or gated into [rows, out / 2].
 
-        Only where it `has_blocks`, or `can_gate`.
+        Only where it `has_blocks`, or `can_gate`. ValueError for tensors that do not fit.
         """
         from server.kernels.products import MAX_ROWS, LinearArguments, num_tasks_of
 
-        if rows.stride(1) != 1 or not output.is_contiguous():
-            raise ValueError("rows or output do not lie as they must")
-        num_rows, num_columns = rows.shape[0], output.shape[1]
+        num_rows, num_columns = rows.shape[0], self.out_features // (2 if is_gated else 1)
+        if (
+            rows.dtype != torch.bfloat16
+            or output.dtype != torch.bfloat16
+            or rows.shape != (num_rows, self.in_features)
+            or output.shape != (num_rows, num_columns)
+            or rows.stride(1) != 1
+            or not output.is_contiguous()
+        ):
+            raise ValueError("rows or output are not what this layer takes")
         arguments = LinearArguments(
             num_tasks=num_tasks_of(num_rows=num_rows, num_columns=num_columns),
             rows=rows.data_ptr(),
@@ -87,7 +94,6 @@ class PackedLinear(nn.Module):
             output_bytes=num_columns * output.element_size(),
             num_columns=num_columns,
         )
-        is_gated = num_columns != self.out_features
         function = _compiled_linear(has_bias=self.bias is not None, is_gated=is_gated)
         return Call(function, arguments, num_bytes=-(-num_rows // MAX_ROWS) * self.num_bytes)
 

@@ -90,6 +90,15 @@ def test_what_others_left_in_a_page_does_not_matter(length: int) -> None:
         assert torch.equal(attend(used), attend(clean))
 
 
+def test_later_tokens_of_a_chunk_are_not_felt() -> None:
+    """However large their values are."""
+    one, other = scene([(70, 70)]), scene([(70, 70)])
+    for token in (40, 69):
+        other.new_values[token] = 3e38
+        other.new_keys[token] = -other.new_keys[token]
+    assert torch.equal(attend(one)[:40], attend(other)[:40])
+
+
 def all_slots(one: Scene, count: int) -> Tensor:
     positions = torch.arange(count)
     pages = one.inputs.block_table[0, positions // PAGE_SIZE].long()

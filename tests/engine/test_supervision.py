@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -16,12 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from llguidance import LLMatcher
 
 from server.config import EngineConfig, ModelConfig
 from server.core import GenerationRequest, TokenEvent
 from server.engine.client import EngineClient, TokenStream
-from server.engine.process import RestartPolicy
+from server.engine.process import ENTRY_MODULE, RestartPolicy
 from server.errors import (
     CheckpointError,
     ConfigError,
@@ -31,6 +33,7 @@ from server.errors import (
     Unavailable,
     WorkerRestarting,
 )
+from server.kernels.machine import has_pair_units
 from server.telemetry.metrics import Metrics
 from tests.engine.faulty_worker import (
     HANG,
@@ -42,6 +45,7 @@ from tests.engine.faulty_worker import (
     SLOW_GRAMMAR,
 )
 from tests.engine.samples import make_request
+from tools.random_checkpoint import SIZES, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 120
@@ -100,6 +104,57 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     return folder
+
+
+@pytest.mark.skipif(
+    not has_pair_units(torch.bfloat16), reason="this CPU does not multiply pairs of bfloat16"
+)
+async def test_in_bfloat16_an_answer_is_the_same_alone_and_in_a_crowd(tmp_path: Path) -> None:
+    size = replace(SIZES["tiny"], head_dim=64, intermediate_size=128)
+    write_checkpoint(tmp_path, size=size, dtype="bfloat16")
+    async with started(make_client(tmp_path, entry_module=ENTRY_MODULE)) as client:
+        assert client.facts is not None
+        assert (client.facts.attention, client.facts.dtype) == ("PairBackend", "bfloat16")
+        requests = [
+            make_request(str(n), prompt=tuple(range(3 + n, 90 + 7 * n)), max_tokens=40)
+            for n in range(8)
+        ]
+        alone = [await collect(await client.submit(each, [])) for each in requests]
+        streams = [await client.submit(each, []) for each in requests]
+        crowd = await asyncio.gather(*map(collect, streams))
+        assert [[event.token_id for event in one] for one in alone] == [
+            [event.token_id for event in one] for one in crowd
+        ]
+
+
+async def test_an_engine_that_is_launched_first_is_the_one_that_is_started(
+    tiny_checkpoint: Path, temporary: Path
+) -> None:
+    client = make_client(tiny_checkpoint, entry_module=ENTRY_MODULE)
+    await client.launch()
+    launched = client.worker_pid
+    assert launched is not None and is_alive(launched)
+    assert client.status == "loading"
+    async with started(client):
+        assert client.worker_pid == launched
+    assert not is_alive(launched)
+    assert not list(temporary.iterdir())
+
+
+async def test_an_engine_that_is_launched_and_never_started_leaves_nothing(
+    tiny_checkpoint: Path, temporary: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = make_client(tiny_checkpoint, entry_module=ENTRY_MODULE)
+    await client.stop()  # nothing has begun
+    await client.launch()
+    launched = client.worker_pid
+    assert launched is not None
+    await client.stop()
+    del client
+    gc.collect()
+    assert not is_alive(launched)
+    assert not list(temporary.iterdir())
+    assert not caplog.records  # such as of an exception that nobody has asked for
 
 
 async def test_a_killed_process_ends_what_it_answered_and_nothing_that_waited(

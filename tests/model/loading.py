@@ -14,6 +14,7 @@ from torch import Tensor
 from server.attention.backend import AttentionInputs, choose_backend
 from server.core import VisionLayout
 from server.model.checkpoint import load_model
+from server.model.compiled_decoder import CompiledDecoder
 from server.model.config import read_checkpoint
 from server.model.vlm import VisionLanguageModel
 
@@ -86,10 +87,13 @@ def all_logits(
     Sequences are batched together; a sequence that has ended drops out of the batch.
     """
     chunk = chunk or max(map(len, sequences))
-    config = model.language_model.layers[0].self_attn
-    pages_each = -(-max(map(len, sequences)) // PAGE_SIZE)
+    decoder = model.language_model
+    layers = (decoder.decoder if isinstance(decoder, CompiledDecoder) else decoder).layers
+    config = layers[0].self_attn
+    page_size = config.backend.page_size
+    pages_each = -(-max(map(len, sequences)) // page_size)
     caches = config.backend.allocate(
-        len(model.language_model.layers),
+        len(layers),
         pages_each * len(sequences),
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
@@ -105,7 +109,7 @@ def all_logits(
             spans = [sequences[row][start : start + chunk] for row in rows]
             positions = [torch.arange(start, start + len(span)) for span in spans]
             slots = [
-                table[row][where // PAGE_SIZE].long() * PAGE_SIZE + where % PAGE_SIZE
+                table[row][where // page_size].long() * page_size + where % page_size
                 for row, where in zip(rows, positions, strict=True)
             ]
             counts = torch.tensor([len(span) for span in spans], dtype=torch.int32)

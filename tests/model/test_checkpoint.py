@@ -16,7 +16,9 @@ from torch import Tensor
 
 from server.attention.backend import choose_backend
 from server.errors import CheckpointError
-from server.model.checkpoint import check_tensors, load_model
+from server.kernels.machine import has_pair_units
+from server.model.checkpoint import check_tensors, load_model, pack_for_cpu
+from server.model.compiled_decoder import CompiledDecoder
 from server.model.config import read_checkpoint
 from server.model.tensors import MAX_NAMES_LISTED
 from server.model.vlm import VisionLanguageModel
@@ -358,3 +360,33 @@ def test_private_memory_while_loading_stays_near_the_weights(tmp_path: Path) -> 
     # one float32 copy of everything would be twice the weights more; building the model imports
     # some tens of megabytes of torch
     assert peak < weights + 128e6
+
+
+@pytest.mark.skipif(
+    not has_pair_units(torch.bfloat16), reason="this CPU does not multiply pairs of bfloat16"
+)
+@pytest.mark.parametrize(
+    ("head_dim", "intermediate_size", "is_program"),
+    [(64, 128, True), (64, 96, False), (16, 128, False)],
+)
+def test_a_decoder_of_whole_blocks_becomes_one_program(
+    tmp_path: Path, head_dim: int, intermediate_size: int, is_program: bool
+) -> None:
+    """And computes what it did before."""
+    size = replace(SIZES["tiny"], head_dim=head_dim, intermediate_size=intermediate_size)
+    info = read_checkpoint(write_checkpoint(tmp_path, size=size, dtype="bfloat16"))
+
+    def loaded() -> VisionLanguageModel:
+        backend = choose_backend(device="cpu", dtype=torch.bfloat16, head_dim=head_dim)
+        return load_model(
+            info, device="cpu", dtype="bfloat16", backend=backend, progress=lambda done, all_: None
+        )
+
+    plain, packed = loaded(), loaded()
+    pack_for_cpu(packed, info)
+    assert isinstance(packed.language_model, CompiledDecoder) == is_program
+    ids = list(range(5, 75))
+    ours, theirs = all_logits(packed, [ids]), all_logits(plain, [ids])
+    difference = (ours[0] - theirs[0]).nan_to_num(0.0).abs()  # ids without a token are -inf in both
+    assert difference.max() < 0.4
+    assert difference.mean() < 0.05

@@ -144,8 +144,9 @@ def test_only_what_is_asked_for_is_returned() -> None:
     assert torch.equal(asked, torch.cat([states[69:70], states[139:144]]))
     assert part.run((1, 9, 12), asked=[]).shape == (0, 96)
     for one, other in zip(whole.caches, part.caches, strict=True):
-        stored = one.keys[part.table[0].long()]
-        assert torch.equal(stored, other.keys[part.table[0].long()])
+        for pages in (whole.table[0].long(), whole.table[2].long()):
+            assert torch.equal(one.keys[pages], other.keys[pages])
+            assert torch.equal(one.values[pages], other.values[pages])
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8, 64, 100])

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +16,8 @@ from server.kernels import machine
 from server.kernels.machine import has_pair_units
 from server.kernels.products import MAX_ROWS, ROWS_AT_ONCE
 from server.model.packed import PackedLinear
+
+REPOSITORY = Path(__file__).parents[2]
 
 needs_pair_units = pytest.mark.skipif(
     not has_pair_units(torch.bfloat16), reason="this CPU does not multiply pairs of bfloat16"
@@ -102,10 +109,73 @@ def test_rows_may_lie_apart_and_have_any_number_of_dimensions(shape: tuple[int, 
 
 
 @needs_pair_units
-def test_an_output_of_another_layout_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("rows", "output", "is_gated"),
+    [
+        (normal(3, 64), normal(128, 3).T, False),
+        (normal(3, 64), normal(4, 128), False),
+        (normal(3, 64), normal(3, 64), False),
+        (normal(3, 64), normal(3, 128), True),
+        (normal(3, 32), normal(3, 128), False),
+        (normal(64, 3).T, normal(3, 128), False),
+        (normal(3, 64).float(), normal(3, 128), False),
+        (normal(3, 64), normal(3, 128).float(), False),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(rows: Tensor, output: Tensor, is_gated: bool) -> None:
     packed, _, _ = layer(128, 64)
-    with pytest.raises(ValueError, match="do not lie as they must"):
-        packed.call(normal(3, 64), normal(128, 3).T)
+    with pytest.raises(ValueError, match="not what this layer takes"):
+        packed.call(rows, output, is_gated=is_gated)
+
+
+@needs_pair_units
+def test_a_compiler_for_another_cpu_is_not_asked_for_pairs() -> None:
+    command = "import torch; from server.kernels.machine import has_pair_units as has"
+    finished = subprocess.run(
+        [sys.executable, "-c", f"{command}; print(has(torch.bfloat16))"],
+        env={**os.environ, "NUMBA_CPU_NAME": "generic", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert finished.stdout == "False\n"
+
+
+IN_ONE_ARENA = """
+import torch
+from server.kernels import machine
+from server.model.packed import PackedLinear
+from tests.attention.scenes import attend, build_scene
+
+machine.MIN_BYTES_TO_SHARE = 0
+torch.manual_seed(0)
+layer = PackedLinear(torch.randn(512, 256).bfloat16(), None)
+rows = torch.randn(300, 256).bfloat16()
+
+def scene():
+    lengths = [(1, 64), (1, 300), (70, 200), (1, 130)]
+    return build_scene("cpu-pairs", lengths, page_size=64, head_dim=64, dtype=torch.bfloat16)
+
+torch.set_num_threads(1)
+alone, attended = layer(rows), attend(scene())
+torch.set_num_threads(4)
+assert all(torch.equal(layer(rows), alone) for _ in range(300))
+one = scene()
+assert all(torch.equal(attend(one), attended) for _ in range(300))
+"""
+
+
+@needs_pair_units
+def test_threads_do_not_share_what_they_work_in() -> None:
+    """Where all memory is of one arena, what is freed too soon is another thread's at once."""
+    finished = subprocess.run(
+        [sys.executable, "-c", IN_ONE_ARENA],
+        env={**os.environ, "MALLOC_ARENA_MAX": "1", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
 
 
 @needs_pair_units
