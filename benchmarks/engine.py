@@ -38,7 +38,7 @@ from server.model.checkpoint import load_model, pack_for_cpu
 from server.model.config import CheckpointInfo, read_checkpoint
 from server.model.vlm import VisionLanguageModel
 
-MAX_STEP_TOKENS = 2048
+MAX_STEP_TOKENS = 1024
 """The most positions the server ever computes in one step: longer prompts take several."""
 
 MAX_PREFILL_S = 60.0

@@ -34,7 +34,8 @@ TARGET_WAIT_S = TARGET_STEP_S / 4
 """What running answers wait for pictures and videos in a step, unless their own part takes longer.
 On a machine for which the model is large that is about their own part: they go on at half speed."""
 MIN_TOKENS_PER_STEP = 16
-MAX_TOKENS_PER_STEP = 2048
+MAX_TOKENS_PER_STEP = 1024
+"""Larger steps are no faster, and a first token is told when its step ends."""
 MIN_MEDIA_TOKENS_BESIDE_ANSWERS = 64
 """Fewer rows than this cost nearly as much as these: the weights are read for them all. Fewer it is
 where these would take longer than `TARGET_WAIT_S`."""
