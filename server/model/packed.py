@@ -8,6 +8,7 @@ program for each number, and computes a row as it would alone.
 from __future__ import annotations
 
 import ctypes
+import logging
 from functools import cache
 from typing import Any
 
@@ -19,6 +20,9 @@ from server.kernels.machine import Call, has_pair_units, run
 
 FEWEST_ROWS = 4
 """That oneDNN is given: with one or two it reads a weight a fifth more slowly than with four."""
+
+
+_log = logging.getLogger(__name__)
 
 
 class PackedLinear(nn.Module):
@@ -127,6 +131,7 @@ class PackedLinear(nn.Module):
             pairs = columns.view(COLUMNS, -1, 2).transpose(0, 1).reshape(-1)
             place = (ctypes.c_int16 * len(pairs)).from_address(self._address + block * block_bytes)
             if not torch.equal(pairs, torch.frombuffer(place, dtype=torch.int16)):
+                _warn_of_another_order()
                 return False
         return True
 
@@ -136,3 +141,9 @@ def _compiled_linear(*, has_bias: bool, is_gated: bool) -> Any:
     from server.kernels import products
 
     return products.compile_linear(has_bias=has_bias, is_gated=is_gated)
+
+
+@cache
+def _warn_of_another_order() -> None:
+    """Once, and not for every layer."""
+    _log.warning("oneDNN packs weights in another order: its own products are taken, slower")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from server.kernels import machine
 from server.kernels.machine import has_pair_units
 from server.kernels.products import MAX_ROWS, ROWS_AT_ONCE
-from server.model.packed import PackedLinear
+from server.model.packed import PackedLinear, _warn_of_another_order
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -65,14 +65,17 @@ def test_our_loop_is_taken_where_the_weight_lies_in_blocks() -> None:
 
 
 @needs_pair_units
-def test_it_is_not_taken_where_something_else_was_packed() -> None:
+def test_it_is_not_taken_where_something_else_was_packed(caplog: pytest.LogCaptureFixture) -> None:
     """As with a version of oneDNN that packs in another order."""
+    _warn_of_another_order.cache_clear()
     packed, weight, _ = layer(128, 64)
     assert packed._lies_in_blocks(weight.bfloat16())
     for changed in ((0, 0), (127, 63)):
         other = weight.bfloat16()
         other[changed] += 1
         assert not packed._lies_in_blocks(other)
+    assert "oneDNN packs weights in another order" in caplog.text
+    assert len(caplog.messages) == 1
 
 
 @needs_pair_units
@@ -144,7 +147,7 @@ def test_a_compiler_for_another_cpu_is_not_asked_for_pairs() -> None:
 IN_ONE_ARENA = """
 import torch
 from server.kernels import machine
-from server.model.packed import PackedLinear
+from server.model.packed import PackedLinear, _warn_of_another_order
 from tests.attention.scenes import attend, build_scene
 
 machine.MIN_BYTES_TO_SHARE = 0
