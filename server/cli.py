@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -151,7 +150,9 @@ def serve(
             _check_folders(settings.media)
             files = _open_file_store(settings.media)
             info, name = _read_model(settings)
-            asyncio.run(_serve(settings, info, name, files, listener, admin_listener, tls))
+            # Cancelled by a signal that came before there was anything to drain.
+            with contextlib.suppress(asyncio.CancelledError):
+                asyncio.run(_serve(settings, info, name, files, listener, admin_listener, tls))
 
 
 @contextlib.contextmanager
@@ -389,7 +390,7 @@ async def _serve(
             ),
             on_loading=progress.update,
         )
-        _exit_on_signals()
+        _be_cancelled_by_signals()
         # First of all, because it takes longest, and everything else beside it.
         ends.push_async_callback(engine.stop)
         await engine.launch()
@@ -438,20 +439,25 @@ async def _serve(
             _listen(admin_listener)
             _log.info("metrics at %s/metrics", _address(admin_listener))
         ends.callback(preparer.close)
+        await _let_signals_come()
         admin = _admin_server(metrics, config.http, admin_listener)
         await _run(server, listener, app, engine, on_ready, admin)
     for failure in failures:
         raise failure
 
 
-def _exit_on_signals() -> None:
+def _be_cancelled_by_signals() -> None:
     """Until there is something to drain. SIGTERM alone would leave the engine's files behind."""
-
-    def leave(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(0)
-
+    task = asyncio.current_task()
+    assert task is not None
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, leave)
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+
+
+async def _let_signals_come() -> None:
+    """A signal that came while the loop was kept busy cancels here, three of its turns later."""
+    for _ in range(3):
+        await asyncio.sleep(0)
 
 
 def _check_folders(media: MediaConfig) -> None:
