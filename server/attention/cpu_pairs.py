@@ -1,4 +1,4 @@
-"""The backend for CPUs that multiply pairs of bfloat16: one compiled loop, however many queries."""
+"""The backend for CPUs that multiply bfloat16: one compiled loop, however many queries."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from server.attention.inputs import AttentionInputs, LayerCache
 from server.attention.sdpa import zero_pages
-from server.kernels.machine import Call, has_pair_units, run
+from server.kernels.machine import Call, ProductUnits, product_units, run
 
 PAGE_SIZE = 64
-"""The width of a block of `server.kernels.products`."""
+"""The width of a block of `server.kernels.pairs`."""
 
 
 def problem_on_device(
@@ -22,8 +22,8 @@ def problem_on_device(
     """Why this backend cannot be had; None where it can."""
     if device.type != "cpu":
         return f"does not run on the device '{device}'"
-    if not has_pair_units(dtype):
-        return "needs bfloat16, numba, and a CPU with AVX-512 BF16 and without AMX"
+    if product_units(dtype) is None:
+        return "needs bfloat16, numba, and a CPU with AVX-512 BF16"
     if page_size not in (None, PAGE_SIZE):
         return f"has pages of {PAGE_SIZE} tokens only"
     if head_dim is None or head_dim % PAGE_SIZE:
@@ -36,6 +36,10 @@ class PairBackend:
     [pages, kv_heads, head_dim / 64, 32, 64, 2]; see `server.kernels.pair_attention`."""
 
     page_size = PAGE_SIZE
+
+    def __init__(self, units: ProductUnits | None = None) -> None:
+        """With the fastest of the CPU's units, or others."""
+        self._units: ProductUnits = units or product_units(torch.bfloat16) or "pairs"
 
     def allocate(
         self,
@@ -104,6 +108,7 @@ class PairBackend:
             raise ValueError("the block table or the output is not contiguous")
         arguments = PairAttentionArguments(
             num_tasks=most_tasks(
+                self._units,
                 num_tokens=num_tokens,
                 num_sequences=num_sequences,
                 num_kv_heads=num_kv_heads,
@@ -123,7 +128,8 @@ class PairBackend:
             heads_of_task=_heads_of_task(num_sequences, num_kv_heads),
         )
         most_read = 2 * num_sequences * inputs.max_k * num_kv_heads * head_dim * 2
-        return Call(_compiled_attend(group=group, head_dim=head_dim), arguments, most_read)
+        function = _compiled_attend(self._units, group=group, head_dim=head_dim)
+        return Call(function, arguments, most_read)
 
 
 def _heads_of_task(num_sequences: int, num_kv_heads: int) -> int:
@@ -144,10 +150,10 @@ def _token_bytes(heads: Tensor) -> int:
 
 
 @cache
-def _compiled_attend(*, group: int, head_dim: int) -> Any:
+def _compiled_attend(units: ProductUnits, *, group: int, head_dim: int) -> Any:
     from server.kernels import pair_attention
 
-    return pair_attention.compile_attend(group=group, head_dim=head_dim)
+    return pair_attention.compile_attend(units, group=group, head_dim=head_dim)
 
 
 @cache

@@ -30,12 +30,13 @@ from server.kernels.vectors import (
     exp,
     fetch_add,
     float_pointer,
+    greatest_of,
     load_row,
     pointer,
     prefetch_row,
-    reduce,
     splat,
     times_plus,
+    total_of,
     vector,
 )
 
@@ -124,14 +125,14 @@ def _attend_page(
         largest_place = float_pointer(builder, state_address, INT64(head))
         sum_place = float_pointer(builder, state_address, INT64(num_heads + head))
         scores = builder.select(visible, scores, constant(HIDDEN, size))
-        before, here = builder.load(largest_place), reduce(builder, "fmax", scores, size)
+        before, here = builder.load(largest_place), greatest_of(builder, scores, size)
         largest = builder.select(builder.fcmp_ordered(">", before, here), before, here)
         shift = builder.fsub(scores, splat(builder, largest, size))
         weights = exp(builder, shift, size)
         # A vector for one number, because the sum must shrink by just what the weights shrink by.
         shrink = exp(builder, splat(builder, builder.fsub(before, largest), 4), 4)
         shrink = builder.extract_element(shrink, INT32(0))
-        total = reduce(builder, "fadd", weights, size, FLOAT(0.0))
+        total = total_of(builder, weights, size)
         builder.store(times_plus(builder, builder.load(sum_place), shrink, total), sum_place)
         builder.store(largest, largest_place)
         return weights, shrink

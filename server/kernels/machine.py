@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -44,19 +44,23 @@ def has_half_units(dtype: torch.dtype) -> bool:
     return bool(checks[dtype]())
 
 
-@cache
-def has_pair_units(dtype: torch.dtype) -> bool:
-    """Whether the loops that multiply pairs of bfloat16 can run here, and are the fastest way.
+ProductUnits = Literal["pairs", "tiles"]
 
-    Where the CPU multiplies whole tiles (AMX), oneDNN's own products are.
+
+@cache
+def product_units(dtype: torch.dtype) -> ProductUnits | None:
+    """What multiplies matrices in the loops of `products`, the fastest of what this CPU has.
+
+    Pairs of bfloat16 (AVX-512 BF16), or whole tiles of them (AMX), which the kernel is asked to
+    allow. None where there is neither, or for other types.
     """
-    return (
-        dtype == torch.bfloat16
-        and torch.cpu._is_avx512_bf16_supported()
-        and not torch.cpu._is_amx_tile_supported()
-        and has_compiler()
-        and "+avx512bf16" in _compiled_features()
-    )
+    if dtype != torch.bfloat16 or not has_compiler():
+        return None
+    features = _compiled_features()
+    if not torch.cpu._is_avx512_bf16_supported() or "+avx512bf16" not in features:
+        return None
+    has_tiles = torch.cpu._is_amx_tile_supported() and "+amx-bf16" in features
+    return "tiles" if has_tiles and torch.cpu._init_amx() else "pairs"
 
 
 def _compiled_features() -> str:

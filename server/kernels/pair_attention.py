@@ -1,4 +1,4 @@
-"""Attention over pages by the products of `products`: prompts and answers by the same loop.
+"""Attention over pages by the multipliers of `products`: prompts and answers by the same loop.
 
 A page has 64 tokens. Its keys lie as a block, [head_dim / 2, 64 tokens, 2], so that a product of
 queries with it is their scores; its values as blocks of 64 dimensions, each [32, 64, 2] with the
@@ -14,6 +14,7 @@ tokens of the same sequence that are computed together with theirs.
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import Any
 
 import numpy as np
@@ -23,32 +24,27 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from server.kernels.attention import HIDDEN
-from server.kernels.products import (
-    COLUMNS,
-    MAX_ROWS,
-    NUM_VECTORS,
-    SUMS_BYTES,
-    WIDTH,
-    multiply,
-    store_rounded,
-)
+from server.kernels.machine import ProductUnits
+from server.kernels.pairs import COLUMNS, NUM_VECTORS, WIDTH, store_rounded
+from server.kernels.products import MULTIPLIERS, UNITS, multiply
 from server.kernels.vectors import (
+    EXP2_COEFFICIENTS,
     FLOAT,
     FLOAT32,
     INT32,
     INT64,
     compiled,
     constant,
-    exp,
     fetch_add,
     float_pointer,
+    greatest_of,
     load_row,
     pointer,
-    reduce,
     splat,
     stack_room,
     store_row,
     times_plus,
+    total_of,
     vector,
 )
 
@@ -59,8 +55,8 @@ SCORES_BYTES, WEIGHTS_BYTES = 4 * PAGE_SIZE, 2 * PAGE_SIZE
 STATE_BYTES = 8
 """Of a query: two float32."""
 
-TASK_ROWS = 4 * MAX_ROWS
-"""Queries that walk the pages together: a page is then in a cache for all but the first of them."""
+MOST_POWER, LEAST_POWER = 8.0, -200.0
+"""Of two, that a weight may be. Less than the least is 0 in float32."""
 
 FIELDS = (
     "next_task",
@@ -100,12 +96,14 @@ class PairAttentionArguments(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in FIELDS]
 
 
-def most_tasks(*, num_tokens: int, num_sequences: int, num_kv_heads: int, group: int) -> int:
-    return (num_tokens // _tokens_of_task(group) + num_sequences) * num_kv_heads
+def most_tasks(
+    units: ProductUnits, *, num_tokens: int, num_sequences: int, num_kv_heads: int, group: int
+) -> int:
+    return (num_tokens // _tokens_of_task(units, group) + num_sequences) * num_kv_heads
 
 
-def _tokens_of_task(group: int) -> int:
-    return max(1, TASK_ROWS // group)
+def _tokens_of_task(units: ProductUnits, group: int) -> int:
+    return max(1, MULTIPLIERS[units].attention_rows // group)
 
 
 @intrinsic
@@ -119,52 +117,93 @@ def _weigh(
 ) -> Any:
     """Scores of one query with a page -> weights bfloat16 [64]; what all before them shrinks by.
 
-    `state` holds the largest score so far and the sum of the weights.
+    A weight is 2 ** (scale * (score - level)). `state` holds the level and the sum of the weights.
+    The level is a score; it is raised, and all before shrinks, only where weights would otherwise
+    grow over 2 ** MOST_POWER: bfloat16 is as exact there, and with few pages is there much to do.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         score_address, count, scale_value, state_address, weight_address = arguments
         factor = splat(builder, scale_value, WIDTH)
-        last = splat(builder, builder.trunc(count, INT32), WIDTH)
-        parts, seen = [], []
-        for part in range(NUM_VECTORS):
-            lanes = range(part * WIDTH, (part + 1) * WIDTH)
-            is_seen = builder.icmp_signed("<", ir.Constant(vector(INT32, WIDTH), list(lanes)), last)
-            row = load_row(builder, score_address, INT64(part), WIDTH, FLOAT32)
-            hidden = constant(HIDDEN, WIDTH)
-            parts.append(builder.select(is_seen, builder.fmul(row, factor), hidden))
-            seen.append(is_seen)
-        largest_place = float_pointer(builder, state_address, INT64(0))
+        level_place = float_pointer(builder, state_address, INT64(0))
         sum_place = float_pointer(builder, state_address, INT64(1))
-        before = builder.load(largest_place)
-        greatest = parts[0]
-        for part in parts[1:]:
-            is_greater = builder.fcmp_ordered(">", part, greatest)
-            greatest = builder.select(is_greater, part, greatest)
-        here = reduce(builder, "fmax", greatest, WIDTH)
-        largest = builder.select(builder.fcmp_ordered(">", before, here), before, here)
-        level, total = splat(builder, largest, WIDTH), constant(0.0, WIDTH)
-        for index, part in enumerate(parts):
-            weight = exp(builder, builder.fsub(part, level), WIDTH)
-            # Not nearly 0, but 0, or what is hidden would be felt.
-            weight = builder.select(seen[index], weight, constant(0.0, WIDTH))
-            total = builder.fadd(total, weight)
-            store_rounded(builder, weight, weight_address, INT64(index))
-        total = reduce(builder, "fadd", total, WIDTH, FLOAT(0.0))
-        # Where the largest is what it was, nothing shrinks. What is not a number is never equal.
         shrink_place = cgutils.alloca_once(builder, FLOAT)
-        builder.store(FLOAT(1.0), shrink_place)
-        with builder.if_then(builder.fcmp_unordered("!=", before, largest)):
-            # A vector for one number: the sum must shrink by just what the weights shrink by.
-            shrunk = exp(builder, splat(builder, builder.fsub(before, largest), 4), 4)
-            builder.store(builder.extract_element(shrunk, INT32(0)), shrink_place)
-        shrink = builder.load(shrink_place)
-        builder.store(times_plus(builder, builder.load(sum_place), shrink, total), sum_place)
-        builder.store(largest, largest_place)
-        return shrink
+        rows = [
+            load_row(builder, score_address, INT64(part), WIDTH, FLOAT32)
+            for part in range(NUM_VECTORS)
+        ]
+
+        def weigh(seen: list[Any] | None) -> None:
+            """With what is seen of each part; None where all is."""
+            parts = rows
+            if seen is not None:
+                hidden = constant(HIDDEN, WIDTH)
+                parts = [builder.select(*each, hidden) for each in zip(seen, rows, strict=True)]
+            greatest = parts[0]
+            for part in parts[1:]:
+                is_greater = builder.fcmp_ordered(">", part, greatest)
+                greatest = builder.select(is_greater, part, greatest)
+            here, before = greatest_of(builder, greatest, WIDTH), builder.load(level_place)
+            power = builder.fmul(builder.fsub(here, before), scale_value)
+            is_over = builder.fcmp_ordered(">", power, FLOAT(MOST_POWER))
+            level = builder.select(is_over, here, before)
+            base = builder.fmul(splat(builder, builder.fneg(level), WIDTH), factor)
+            total = constant(0.0, WIDTH)
+            for index, part in enumerate(parts):
+                weight = _power_of_two(builder, times_plus(builder, part, factor, base))
+                if seen is not None:
+                    # Not nearly 0, but 0, or what is hidden would be felt.
+                    weight = builder.select(seen[index], weight, constant(0.0, WIDTH))
+                total = builder.fadd(total, weight)
+                store_rounded(builder, weight, weight_address, INT64(index))
+            summed = total_of(builder, total, WIDTH)
+            builder.store(FLOAT(1.0), shrink_place)
+            with builder.if_then(is_over):
+                shrunk = _power_of_two(builder, splat(builder, builder.fneg(power), WIDTH))
+                builder.store(builder.extract_element(shrunk, INT32(0)), shrink_place)
+            shrink = builder.load(shrink_place)
+            builder.store(times_plus(builder, builder.load(sum_place), shrink, summed), sum_place)
+            builder.store(level, level_place)
+
+        with builder.if_else(builder.icmp_signed(">=", count, INT64(PAGE_SIZE))) as (whole, partly):
+            with whole:
+                weigh(None)
+            with partly:
+                last = splat(builder, builder.trunc(count, INT32), WIDTH)
+                lanes = [
+                    ir.Constant(
+                        vector(INT32, WIDTH), [part * WIDTH + lane for lane in range(WIDTH)]
+                    )
+                    for part in range(NUM_VECTORS)
+                ]
+                weigh([builder.icmp_signed("<", each, last) for each in lanes])
+        return builder.load(shrink_place)
 
     signature = types.float32(types.int64, types.int64, types.float32, types.int64, types.int64)
     return signature, generate
+
+
+def _power_of_two(builder: Any, powers: Any) -> Any:
+    """Two to the power of sixteen float32, about 3e-6 off; what is not a number stays so."""
+    least = constant(LEAST_POWER, WIDTH)
+    powers = builder.select(builder.fcmp_ordered("<", powers, least), least, powers)
+    kind = powers.type
+    round_to_even = builder.module.declare_intrinsic(
+        "llvm.roundeven.v16f32", (), ir.FunctionType(kind, [kind])
+    )
+    whole = builder.call(round_to_even, [powers])
+    rest = builder.fsub(powers, whole)
+    series = constant(EXP2_COEFFICIENTS[1], WIDTH)
+    for coefficient in (*EXP2_COEFFICIENTS[2:], math.log(2), 1.0):
+        series = times_plus(builder, series, rest, constant(coefficient, WIDTH))
+    mask, rounding = ir.IntType(16), INT32
+    scale_by = builder.module.declare_intrinsic(
+        "llvm.x86.avx512.mask.scalef.ps.512",
+        (),
+        ir.FunctionType(kind, [kind, kind, kind, mask, rounding]),
+    )
+    every, as_set = mask(0xFFFF), rounding(4)
+    return builder.call(scale_by, [series, whole, constant(0.0, WIDTH), every, as_set])
 
 
 @intrinsic
@@ -199,23 +238,26 @@ def _scaled(builder: Any, address: Any, scalar: Any) -> list[Any]:
     return [builder.fmul(values, factors) for values in parts]
 
 
-def compile_attend(*, group: int, head_dim: int) -> Any:
+def compile_attend(units: ProductUnits, *, group: int, head_dim: int) -> Any:
     """The function that takes the address of `PairAttentionArguments` and fills `output`.
 
     `group` query heads share a key/value head; `head_dim` is a multiple of 64. The rows of a task
-    are the queries of its tokens, by key/value head; they are multiplied in parts of MAX_ROWS.
+    are the queries of its tokens, by key/value head; they are multiplied in parts.
     """
     hidden, one = np.float32(HIDDEN), np.float32(1.0)
-    scale = np.float32(head_dim**-0.5)
+    scale = np.float32(head_dim**-0.5 * math.log2(math.e))
     row_bytes = 2 * head_dim
     page_bytes = row_bytes * PAGE_SIZE
     num_blocks = head_dim // COLUMNS  # of a page's values, and of what is attended
     block_bytes = page_bytes // num_blocks
-    tokens_of_task = _tokens_of_task(group)
+    multiplier, kind = MULTIPLIERS[units], UNITS.index(units)
+    tokens_of_task = _tokens_of_task(units, group)
     max_rows = tokens_of_task * group
-    max_parts = (max_rows + MAX_ROWS - 1) // MAX_ROWS
-    part_bytes = num_blocks * SUMS_BYTES
-    scores_bytes, weights_bytes = MAX_ROWS * SCORES_BYTES, MAX_ROWS * WEIGHTS_BYTES
+    part_rows = min(multiplier.max_rows, max_rows)
+    max_parts = (max_rows + part_rows - 1) // part_rows
+    sums_bytes = part_rows * SCORES_BYTES
+    part_bytes = num_blocks * sums_bytes
+    scores_bytes, weights_bytes = part_rows * SCORES_BYTES, part_rows * WEIGHTS_BYTES
     pair_bytes = 2 * 2 * COLUMNS
 
     def attend(address: Any) -> None:
@@ -228,11 +270,12 @@ def compile_attend(*, group: int, head_dim: int) -> Any:
         token_bytes = num_kv_heads * group * row_bytes
         most_heads = call[HEADS_OF_TASK]
         rows = np.empty((most_heads, max_rows, head_dim), np.uint16)
-        state = np.empty((most_heads, max_rows, 2), np.float32)  # largest score, sum of weights
-        sums = np.empty((most_heads, max_parts, num_blocks, MAX_ROWS, COLUMNS), np.float32)
+        state = np.empty((most_heads, max_rows, 2), np.float32)  # level, sum of weights
+        sums = np.empty((most_heads, max_parts, num_blocks, part_rows, COLUMNS), np.float32)
         scores_at, weights_at = stack_room(scores_bytes), stack_room(weights_bytes)
         last_pair_at = stack_room(pair_bytes)
         last_pair = carray(pointer(last_pair_at), (COLUMNS, 2), np.uint16)
+        last_pair[:] = 0
         sequence, first_task = 0, 0  # of that sequence
         while True:
             task = fetch_add(next_task)
@@ -256,7 +299,7 @@ def compile_attend(*, group: int, head_dim: int) -> Any:
             first = np.int64(bounds[sequence]) + chunk * tokens_of_task
             stop = min(first + tokens_of_task, np.int64(bounds[sequence + 1]))
             num_rows = (stop - first) * group
-            num_parts = (num_rows + MAX_ROWS - 1) // MAX_ROWS
+            num_parts = (num_rows + part_rows - 1) // part_rows
             # By the chunk's first token; each further one sees one more.
             num_seen = np.int64(lengths[sequence]) - np.int64(bounds[sequence + 1]) + first + 1
             most_seen = num_seen + stop - first - 1
@@ -271,7 +314,10 @@ def compile_attend(*, group: int, head_dim: int) -> Any:
                             rows[kv_head, row, dimension] = own[kv_head, head, dimension]
             state[:num_heads, :num_rows, 0] = hidden
             state[:num_heads, :num_rows, 1] = 0
-            sums[:num_heads, :num_parts] = 0
+            for turn in range(num_heads * num_parts):
+                kv_head, part = turn // num_parts, turn % num_parts
+                count = (part + 1) * num_rows // num_parts - part * num_rows // num_parts
+                sums[kv_head, part, :, :count] = 0
 
             num_pages = (most_seen + PAGE_SIZE - 1) // PAGE_SIZE
             for page in range(num_pages):
@@ -298,7 +344,16 @@ def compile_attend(*, group: int, head_dim: int) -> Any:
                     attended = sums_at + (kv_head * max_parts + part) * part_bytes
                     following = keys + ahead
                     multiply(
-                        queries, row_bytes, count, keys, head_dim // 2, scores_at, following, 0, 1
+                        queries,
+                        row_bytes,
+                        count,
+                        keys,
+                        head_dim // 2,
+                        scores_at,
+                        following,
+                        0,
+                        1,
+                        kind,
                     )
                     for each in range(count):
                         shrink = _weigh(
@@ -310,10 +365,10 @@ def compile_attend(*, group: int, head_dim: int) -> Any:
                         )
                         if shrink != one:
                             for block in range(num_blocks):
-                                place = attended + block * SUMS_BYTES + each * SCORES_BYTES
+                                place = attended + block * sums_bytes + each * SCORES_BYTES
                                 _shrink(place, shrink)
                     for block in range(num_blocks):
-                        place, stored = attended + block * SUMS_BYTES, values + block * block_bytes
+                        place, stored = attended + block * sums_bytes, values + block * block_bytes
                         following, pairs = stored + ahead, num_used // 2
                         if pairs:
                             multiply(
@@ -326,13 +381,14 @@ def compile_attend(*, group: int, head_dim: int) -> Any:
                                 following,
                                 1,
                                 1,
+                                kind,
                             )
                         if num_used % 2:
                             half = carray(pointer(stored), (PAGE_SIZE // 2, COLUMNS, 2), np.uint16)
                             for column in range(COLUMNS):
                                 last_pair[column, 0] = half[pairs, column, 0]
                             last, pair = weights_at + 2 * pairs * 2, last_pair_at
-                            multiply(last, WEIGHTS_BYTES, count, pair, 1, place, pair, 1, 1)
+                            multiply(last, WEIGHTS_BYTES, count, pair, 1, place, pair, 1, 1, kind)
 
             for turn in range(num_heads * num_rows):
                 kv_head, row = turn // num_rows, turn % num_rows
@@ -343,7 +399,7 @@ def compile_attend(*, group: int, head_dim: int) -> Any:
                 target = call[OUTPUT] + (first + row // group) * token_bytes + head * row_bytes
                 share = one / state[kv_head, row, 1]
                 for block in range(num_blocks):
-                    _store_attended(place + block * SUMS_BYTES, target + block * COLUMNS * 2, share)
+                    _store_attended(place + block * sums_bytes, target + block * COLUMNS * 2, share)
 
     return compiled(attend)
 

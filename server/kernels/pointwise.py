@@ -25,11 +25,11 @@ from server.kernels.vectors import (
     constant,
     fetch_add,
     load_row,
-    reduce,
     silu,
     splat,
     store_row,
     times_plus,
+    total_of,
 )
 
 NORM_FIELDS = ("next_task", "num_tasks", "rows", "added", "weight", "output")
@@ -91,7 +91,7 @@ def _norm_row(
                 # What is normed is what was stored, rounding included.
                 values = load_row(builder, row_address, loop.index, width, kind)
             builder.store(times_plus(builder, values, values, builder.load(squares)), squares)
-        total = reduce(builder, "fadd", builder.load(squares), width, FLOAT(0.0))
+        total = total_of(builder, builder.load(squares), width)
         mean = builder.fmul(total, FLOAT(1.0 / num))
         root = builder.module.declare_intrinsic(
             "llvm.sqrt", [FLOAT], ir.FunctionType(FLOAT, [FLOAT])

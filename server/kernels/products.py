@@ -1,73 +1,59 @@
-"""Products of bfloat16 matrices, where the CPU has an instruction for pairs of them (AVX-512 BF16).
-
-The right matrix lies in blocks of 64 columns, each with its rows in pairs: [pairs, 64, 2]. That is
-how oneDNN packs weights for such a CPU. A block is walked once for up to six rows of the left
-matrix, whose 24 vectors of sums stay in registers. Every sum is made in the order of the pairs,
-whatever rows are computed beside it, so that a row's result does not depend on its neighbours.
-"""
+"""Linear layers of bfloat16, by whichever units of the CPU multiply the fastest."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from server.kernels import pairs, tiles
+from server.kernels.machine import ProductUnits
+from server.kernels.pairs import COLUMNS, WIDTH, store_rounded
 from server.kernels.vectors import (
     BFLOAT16,
-    FLOAT,
     FLOAT32,
-    INT32,
-    INT64,
     compiled,
-    constant,
     fetch_add,
     load_row,
-    prefetch_row,
     silu,
-    splat,
     stack_room,
-    store_row,
-    vector,
 )
 
-COLUMNS = 64
-"""Of a block."""
+ROW_OF_SUMS_BYTES = 4 * COLUMNS
 
-MAX_ROWS = 6
-"""Multiplied together: with one more, sums, weights and factor would not fit in 32 registers."""
-
-SUMS_BYTES = MAX_ROWS * COLUMNS * 4
-
-FEW_ROWS = 3
-"""With so few, a block is multiplied in less time than memory takes for the next one."""
-
-WIDTH = 16
-NUM_VECTORS = COLUMNS // WIDTH
-PAIR_BYTES = 4
-ROWS_AT_ONCE = 16 * MAX_ROWS
+ROWS_AT_ONCE = 96
 """Of one task: the block then lies in a cache for all but the first."""
 
 
-class _BFloat(ir.Type):  # type: ignore[misc]  # llvmlite says no types
-    """LLVM's bfloat, which llvmlite has no name for."""
+@dataclass(frozen=True, slots=True)
+class Multiplier:
+    """How up to `max_rows` rows are multiplied by a block of weights.
 
-    def _to_string(self) -> str:
-        return "bfloat"
+    Whatever rows are multiplied together, each one's result is to the bit the same.
+    """
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
+    function: Callable[..., Any]
+    """(module, *, adds, ahead) -> LLVM's function of the first seven arguments of `multiply`."""
 
-    def __hash__(self) -> int:
-        return hash(_BFloat)
+    max_rows: int
+    attention_rows: int
+    """Queries that walk a sequence's pages together, of which each page is read once for all."""
 
 
-_PAIRS = ir.VectorType(_BFloat(), 2 * WIDTH)
-_SUMS = vector(FLOAT, WIDTH)
+MULTIPLIERS: dict[ProductUnits, Multiplier] = {
+    "pairs": Multiplier(pairs.product_function, pairs.MAX_ROWS, attention_rows=4 * pairs.MAX_ROWS),
+    "tiles": Multiplier(tiles.product_function, ROWS_AT_ONCE, attention_rows=64),
+}
+
+UNITS: tuple[ProductUnits, ...] = tuple(MULTIPLIERS)
+"""By the number that compiled functions know them by. (Numba keeps no function that was compiled
+with another Python object.)"""
 
 
 @intrinsic(prefer_literal=True)
@@ -82,116 +68,24 @@ def multiply(
     next_block: Any,
     is_added: Any,
     calls_ahead: Any,
+    units: Any,
 ) -> Any:
     """sums [num_rows, 64] = rows [num_rows, 2 * num_pairs] times a block, or that much more.
 
-    `sums` is the address of float32 [MAX_ROWS, 64], rows and block of bfloat16; there are 1 to
-    MAX_ROWS rows, `row_bytes` apart. With FEW_ROWS at most the next block is called into the cache,
-    where asked for: for blocks that lie one behind the other the processor does it itself.
+    `sums` is the address of float32 [num_rows, 64], rows and block of bfloat16; rows are
+    `row_bytes` apart. The next block may be called into the cache, where asked for.
     """
     adds, ahead = bool(is_added.literal_value), bool(calls_ahead.literal_value)
+    number = int(units.literal_value)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        builder.call(_multiply_function(builder.module, adds=adds, ahead=ahead), arguments[:7])
+        function_of = MULTIPLIERS[UNITS[number]].function
+        builder.call(function_of(builder.module, adds=adds, ahead=ahead), arguments[:7])
         return context.get_dummy_value()
 
-    literals = [types.literal(int(each)) for each in (adds, ahead)]
+    literals = [types.literal(each) for each in (int(adds), int(ahead), number)]
     return types.void(*[types.int64] * 7, *literals), generate
 
-
-def _multiply_function(module: Any, *, adds: bool, ahead: bool) -> Any:
-    """The module's own function for all calls of `multiply`: compiled once, and not inlined."""
-    name = f"multiply_{'added' if adds else 'new'}{'_ahead' if ahead else ''}"
-    if name in module.globals:
-        return module.globals[name]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [INT64] * 7), name)
-    function.linkage = "internal"
-    function.attributes.add("noinline")
-    builder = ir.IRBuilder(function.append_basic_block("entry"))
-    row_address, bytes_apart, count, block, *others = function.args
-    cases = [function.append_basic_block(f"rows{n}") for n in range(1, MAX_ROWS + 1)]
-    choice = builder.switch(count, cases[-1])
-    for number, case in enumerate(cases, start=1):
-        if case is not cases[-1]:
-            choice.add_case(INT64(number), case)
-        builder.position_at_end(case)
-        places = [
-            builder.add(row_address, builder.mul(bytes_apart, INT64(row))) for row in range(number)
-        ]
-        _multiply_rows(builder, places, block, *others, adds=adds, ahead=ahead)
-        builder.ret_void()
-    return function
-
-
-def _multiply_rows(
-    builder: Any,
-    rows: list[Any],
-    block: Any,
-    num_pairs: Any,
-    sums: Any,
-    next_block: Any,
-    *,
-    adds: bool,
-    ahead: bool,
-) -> None:
-    """The loop for this number of rows; `rows` are their addresses."""
-    multiply_pairs = builder.module.declare_intrinsic(
-        "llvm.x86.avx512bf16.dpbf16ps.512", (), ir.FunctionType(_SUMS, [_SUMS, _PAIRS, _PAIRS])
-    )
-    places = [(row, part) for row in range(len(rows)) for part in range(NUM_VECTORS)]
-    before = builder.block
-    zeros = constant(0.0, WIDTH)
-    first = [
-        load_row(builder, sums, INT64(row * NUM_VECTORS + part), WIDTH, FLOAT32) if adds else zeros
-        for row, part in places
-    ]
-    loop, done = builder.append_basic_block("pairs"), builder.append_basic_block("summed")
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    index = builder.phi(INT64)
-    index.add_incoming(INT64(0), before)
-    carried = [builder.phi(_SUMS) for _ in places]
-    for phi, value in zip(carried, first, strict=True):
-        phi.add_incoming(value, before)
-    current = list(carried)
-    line = builder.add(block, builder.mul(index, INT64(COLUMNS * PAIR_BYTES)))
-    weights = [_load_pairs(builder, line, part) for part in range(NUM_VECTORS)]
-    if ahead and len(rows) <= FEW_ROWS:
-        prefetch_row(builder, next_block, index, COLUMNS * PAIR_BYTES)
-    for row, address in enumerate(rows):
-        place = builder.add(address, builder.mul(index, INT64(PAIR_BYTES)))
-        both = builder.load(builder.inttoptr(place, INT32.as_pointer()), align=2)
-        factor = builder.bitcast(splat(builder, both, WIDTH), _PAIRS)
-        for part, weight in enumerate(weights):
-            at = row * NUM_VECTORS + part
-            current[at] = builder.call(multiply_pairs, [current[at], weight, factor])
-    following = builder.add(index, INT64(1))
-    index.add_incoming(following, loop)
-    for phi, value in zip(carried, current, strict=True):
-        phi.add_incoming(value, loop)
-    builder.cbranch(builder.icmp_signed("<", following, num_pairs), loop, done)
-    builder.position_at_end(done)
-    for (row, part), value in zip(places, current, strict=True):
-        store_row(builder, value, sums, INT64(row * NUM_VECTORS + part), WIDTH, FLOAT32)
-
-
-def _load_pairs(builder: Any, line: Any, part: int) -> Any:
-    place = builder.add(line, INT64(part * WIDTH * PAIR_BYTES))
-    pointer = builder.inttoptr(place, vector(INT32, WIDTH).as_pointer())
-    return builder.bitcast(builder.load(pointer, align=4), _PAIRS)
-
-
-def store_rounded(builder: Any, values: Any, address: Any, index: Any) -> None:
-    """Sixteen float32 as bfloat16 to the nearest, the `index`-th sixteen from an address on."""
-    kind = ir.VectorType(_BFloat(), WIDTH)
-    function = ir.FunctionType(kind, [_SUMS])
-    intrinsic_name = "llvm.x86.avx512bf16.cvtneps2bf16.512"
-    rounded = builder.call(builder.module.declare_intrinsic(intrinsic_name, (), function), [values])
-    place = builder.add(address, builder.mul(index, INT64(2 * WIDTH)))
-    builder.store(rounded, builder.inttoptr(place, kind.as_pointer()), align=2)
-
-
-# Linear layers ------------------------------------------------------------------------------------
 
 FIELDS = (
     "next_task",
@@ -239,17 +133,17 @@ def _store_row_of_sums(
     values_bias: Any,
     output: Any,
     num_vectors: Any,
+    second_sums: Any,
     has_bias: Any,
     is_gated: Any,
 ) -> Any:
-    """A row of sums, with the bias, to its place; gated by SiLU of it the sums of the second block.
-
-    The second block's sums stand behind all rows of the first one's.
-    """
+    """A row of sums, with the bias, to its place; gated by SiLU of it the second block's sums."""
     biased, gated = bool(has_bias.literal_value), bool(is_gated.literal_value)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        sums_address, bias_address, values_bias_address, output_address, count = arguments[:5]
+        sums_address, bias_address, values_bias_address, output_address, count, second = arguments[
+            :6
+        ]
 
         def summed(address: Any, bias_at: Any, part: Any) -> Any:
             values = load_row(builder, address, part, WIDTH, FLOAT32)
@@ -260,30 +154,32 @@ def _store_row_of_sums(
         with cgutils.for_range(builder, count) as loop:
             result = summed(sums_address, bias_address, loop.index)
             if gated:
-                second = builder.add(sums_address, INT64(SUMS_BYTES))
                 values = summed(second, values_bias_address, loop.index)
                 result = builder.fmul(silu(builder, result, WIDTH), values)
             store_rounded(builder, result, output_address, loop.index)
         return context.get_dummy_value()
 
     literals = [types.literal(int(each)) for each in (biased, gated)]
-    return types.void(*[types.int64] * 5, *literals), generate
+    return types.void(*[types.int64] * 6, *literals), generate
 
 
-def compile_linear(*, has_bias: bool, is_gated: bool) -> Any:
+def compile_linear(units: ProductUnits, *, has_bias: bool, is_gated: bool) -> Any:
     """The function that takes the address of `LinearArguments` and fills `output`.
 
     Gated, it makes SiLU(gates) * values of the sums themselves, before any rounding.
     """
     biased, gated = int(has_bias), int(is_gated)
-    room_bytes = 2 * SUMS_BYTES
+    kind = UNITS.index(units)
+    max_rows = MULTIPLIERS[units].max_rows
+    sums_bytes = max_rows * ROW_OF_SUMS_BYTES
+    second_bytes = sums_bytes if is_gated else 0
 
     def linear(address: Any) -> None:
         call = carray(address, (NUM_FIELDS,), np.int64)
         next_task = call[NEXT_TASK:].ctypes.data
         num_rows, num_columns, num_pairs = call[NUM_ROWS], call[NUM_COLUMNS], call[NUM_PAIRS]
         num_chunks = (num_rows + ROWS_AT_ONCE - 1) // ROWS_AT_ONCE
-        sums = stack_room(room_bytes)
+        sums, second = stack_room(sums_bytes), stack_room(second_bytes)
         while True:
             task = fetch_add(next_task)
             if task >= call[NUM_TASKS]:
@@ -297,25 +193,25 @@ def compile_linear(*, has_bias: bool, is_gated: bool) -> Any:
             bias = call[BIAS] + column * 2
             first = chunk * num_rows // num_chunks
             num_here = (chunk + 1) * num_rows // num_chunks - first
-            num_groups = (num_here + MAX_ROWS - 1) // MAX_ROWS
+            num_groups = (num_here + max_rows - 1) // max_rows
             for group in range(num_groups):
                 start = first + group * num_here // num_groups
                 count = first + (group + 1) * num_here // num_groups - start
                 rows = call[ROWS] + start * call[ROW_BYTES]
-                multiply(rows, call[ROW_BYTES], count, weight, num_pairs, sums, weight, 0, 0)
+                row_bytes = call[ROW_BYTES]
+                multiply(rows, row_bytes, count, weight, num_pairs, sums, weight, 0, 0, kind)
                 if gated:
-                    second = sums + SUMS_BYTES
-                    multiply(
-                        rows, call[ROW_BYTES], count, values_weight, num_pairs, second, weight, 0, 0
-                    )
+                    after = values_weight
+                    multiply(rows, row_bytes, count, after, num_pairs, second, after, 0, 0, kind)
                 output = call[OUTPUT] + start * call[OUTPUT_BYTES] + column * 2
                 for row in range(count):
                     _store_row_of_sums(
-                        sums + row * COLUMNS * 4,
+                        sums + row * ROW_OF_SUMS_BYTES,
                         bias,
                         bias + num_columns * 2,
                         output + row * call[OUTPUT_BYTES],
                         num_vectors,
+                        second + row * ROW_OF_SUMS_BYTES,
                         biased,
                         gated,
                     )

@@ -140,12 +140,29 @@ def silu(builder: Any, values: Any, width: int) -> Any:
     return builder.fmul(values, builder.fdiv(shares, builder.fadd(ones, powers)))
 
 
-def reduce(builder: Any, operation: str, values: Any, width: int, *start: Any) -> Any:
-    kinds = [*(each.type for each in start), values.type]
-    reduce = builder.module.declare_intrinsic(
-        f"llvm.vector.reduce.{operation}.v{width}f32", (), ir.FunctionType(FLOAT, kinds)
-    )
-    return builder.call(reduce, [*start, values], fastmath=REORDERED)
+def total_of(builder: Any, values: Any, width: int) -> Any:
+    """The sum of a vector's numbers."""
+    kind = ir.FunctionType(FLOAT, [FLOAT, values.type])
+    add_up = builder.module.declare_intrinsic(f"llvm.vector.reduce.fadd.v{width}f32", (), kind)
+    return builder.call(add_up, [FLOAT(0.0), values], fastmath=REORDERED)
+
+
+def greatest_of(builder: Any, values: Any, width: int) -> Any:
+    """The greatest of a vector's numbers; where one is no number, perhaps that.
+
+    LLVM has a reduction for it, which minds what is no number, and so takes one after another.
+    """
+    while width > 1:
+        width //= 2
+        halves = [
+            builder.shuffle_vector(
+                values, values, ir.Constant(vector(INT32, width), list(range(start, start + width)))
+            )
+            for start in (0, width)
+        ]
+        is_greater = builder.fcmp_ordered(">", *halves)
+        values = builder.select(is_greater, *halves)
+    return builder.extract_element(values, INT32(0))
 
 
 @intrinsic(prefer_literal=True)
@@ -171,7 +188,7 @@ def pointer(typing_context: Any, address: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def stack_room(typing_context: Any, num_bytes: Any) -> Any:
-    """The address of so many bytes, all 0, that are there until the function returns.
+    """The address of so many bytes, of any content, that are there until the function returns.
 
     An array would not do: numba frees one after its last use by name, whoever has its address.
     """
@@ -181,7 +198,6 @@ def stack_room(typing_context: Any, num_bytes: Any) -> Any:
         with builder.goto_entry_block():
             room = builder.alloca(ir.ArrayType(ir.IntType(8), size))
             room.align = CACHE_LINE_BYTES
-            builder.store(ir.Constant(room.type.pointee, None), room)
         return builder.ptrtoint(room, INT64)
 
     return types.int64(types.literal(size)), generate

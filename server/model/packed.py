@@ -1,8 +1,8 @@
 """Linear layers on CPUs, whose weights lie in the order that oneDNN reads them in.
 
-Where that order is the blocks of `server.kernels.products`, bfloat16 rows are multiplied by our own
-loop, which reads the same memory: it takes less time than oneDNN at any number of rows, makes no
-program for each number, and computes a row as it would alone.
+Where that order is the blocks of `server.kernels.pairs`, bfloat16 rows are multiplied by our own
+loop, which reads the same memory: it takes less time than oneDNN, makes no program for each number
+of rows, and computes a row as it would alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from server.kernels.machine import Call, has_pair_units, run
+from server.kernels.machine import Call, ProductUnits, product_units, run
 
 FEWEST_ROWS = 4
 """That oneDNN is given: with one or two it reads a weight a fifth more slowly than with four."""
@@ -31,22 +31,33 @@ class PackedLinear(nn.Module):
     weight [out_features, in_features], bias [out_features].
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, *, units: ProductUnits | None = None
+    ) -> None:
+        """Multiplied by the fastest of the CPU's units, or by those named, if it has them."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias = bias
+        fastest = product_units(weight.dtype)
+        # Where a CPU has tiles, oneDNN chooses our blocks only for what it takes for a single row.
+        rows_hint = 1 if fastest == "tiles" else None
         # No buffer: such a tensor cannot be moved, viewed or saved.
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows_hint)
         self._address = torch.ops.mkldnn.data_ptr(self.packed)
         self.num_bytes = torch.ops.mkldnn._nbytes(self.packed)
-        self.has_blocks = has_pair_units(weight.dtype) and self._lies_in_blocks(weight)
+        self._units = units or fastest if fastest and self._lies_in_blocks(weight) else None
         self.can_gate = False
         if self.has_blocks:
-            from server.kernels.products import COLUMNS
+            from server.kernels.pairs import COLUMNS
 
             self._block_bytes = self.num_bytes // -(-self.out_features // COLUMNS)
             # Whether each half of the outputs is a number of whole blocks.
             self.can_gate = self.out_features % (2 * COLUMNS) == 0
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether our own loops can read it."""
+        return self._units is not None
 
     def forward(self, hidden: Tensor, *, activation: str = "none", algorithm: str = "") -> Tensor:
         """The activation, in oneDNN's words, is applied to the float32 sums before any rounding."""
@@ -73,8 +84,9 @@ class PackedLinear(nn.Module):
 
         Only where it `has_blocks`, or `can_gate`. ValueError for tensors that do not fit.
         """
-        from server.kernels.products import MAX_ROWS, LinearArguments, num_tasks_of
+        from server.kernels.products import MULTIPLIERS, LinearArguments, num_tasks_of
 
+        assert self._units is not None  # it has blocks
         num_rows, num_columns = rows.shape[0], self.out_features // (2 if is_gated else 1)
         if (
             rows.dtype != torch.bfloat16
@@ -98,8 +110,10 @@ class PackedLinear(nn.Module):
             output_bytes=num_columns * output.element_size(),
             num_columns=num_columns,
         )
-        function = _compiled_linear(has_bias=self.bias is not None, is_gated=is_gated)
-        return Call(function, arguments, num_bytes=-(-num_rows // MAX_ROWS) * self.num_bytes)
+        has_bias = self.bias is not None
+        function = _compiled_linear(self._units, has_bias=has_bias, is_gated=is_gated)
+        num_walks = -(-num_rows // MULTIPLIERS[self._units].max_rows)
+        return Call(function, arguments, num_walks * self.num_bytes)
 
     def _multiply_by_library(self, rows: Tensor, activation: str, algorithm: str) -> Tensor:
         num_missing = max(0, FEWEST_ROWS - len(rows))
@@ -115,14 +129,16 @@ class PackedLinear(nn.Module):
 
         The order is oneDNN's own affair, and may be another with its next version or another CPU.
         """
-        from server.kernels.products import COLUMNS, WIDTH
+        from server.kernels.pairs import COLUMNS, WIDTH
 
         num_blocks = -(-self.out_features // COLUMNS)
-        block_bytes = COLUMNS * self.in_features * weight.element_size()
+        # A block may be filled up behind its last pair.
+        block_bytes = self.num_bytes // num_blocks
         if (
             self.out_features % WIDTH
             or self.in_features % 2
-            or self.num_bytes != num_blocks * block_bytes
+            or self.num_bytes % num_blocks
+            or block_bytes < COLUMNS * self.in_features * weight.element_size()
         ):
             return False
         for block in (0, num_blocks - 1):
@@ -137,10 +153,10 @@ class PackedLinear(nn.Module):
 
 
 @cache
-def _compiled_linear(*, has_bias: bool, is_gated: bool) -> Any:
+def _compiled_linear(units: ProductUnits, *, has_bias: bool, is_gated: bool) -> Any:
     from server.kernels import products
 
-    return products.compile_linear(has_bias=has_bias, is_gated=is_gated)
+    return products.compile_linear(units, has_bias=has_bias, is_gated=is_gated)
 
 
 @cache

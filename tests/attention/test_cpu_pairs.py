@@ -12,12 +12,22 @@ from server.attention.backend import AttentionInputs, LayerCache, choose_backend
 from server.attention.cpu_pairs import PAGE_SIZE, PairBackend
 from server.errors import ConfigError
 from server.kernels import machine
-from server.kernels.machine import has_pair_units
+from server.kernels.machine import ProductUnits, product_units
 from tests.attention.scenes import LENGTHS, Scene, attend, build_scene, expected
 
 pytestmark = pytest.mark.skipif(
-    not has_pair_units(torch.bfloat16), reason="this CPU does not multiply pairs of bfloat16"
+    product_units(torch.bfloat16) is None, reason="this CPU does not multiply bfloat16"
 )
+
+
+@pytest.fixture(params=["pairs", "tiles"], autouse=True)
+def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test by both; tiles only where the CPU has them."""
+    units: ProductUnits = request.param
+    if units == "tiles" and product_units(torch.bfloat16) != "tiles":
+        pytest.skip("this CPU does not multiply tiles")
+    monkeypatch.setattr("server.attention.backend.PairBackend", lambda: PairBackend(units))
+
 
 EDGES = [(1, 1), (1, 63), (1, 64), (1, 65), (1, 300), (5, 70), (33, 33), (70, 135), (130, 130)]
 """Answers and chunks; contexts that end on, before and after a page's end."""
@@ -142,9 +152,10 @@ def test_what_is_not_a_number_stays_so_and_in_its_sequence(spoiled: str) -> None
     assert result[1].isfinite().all()
 
 
-def test_large_scores_neither_overflow_nor_vanish() -> None:
+@pytest.mark.parametrize("factor", [5, 30, 300])
+def test_large_scores_neither_overflow_nor_vanish(factor: int) -> None:
     one = scene([(1, 40), (1, 7), (70, 70)])
-    one.queries.mul_(300)
+    one.queries.mul_(factor)
     torch.testing.assert_close(attend(one).double(), expected(one), atol=1e-2, rtol=1e-2)
 
 

@@ -33,7 +33,7 @@ from server.errors import (
     Unavailable,
     WorkerRestarting,
 )
-from server.kernels.machine import has_pair_units
+from server.kernels.machine import product_units
 from server.telemetry.metrics import Metrics
 from tests.engine.faulty_worker import (
     HANG,
@@ -107,7 +107,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.skipif(
-    not has_pair_units(torch.bfloat16), reason="this CPU does not multiply pairs of bfloat16"
+    product_units(torch.bfloat16) is None, reason="this CPU does not multiply bfloat16"
 )
 async def test_in_bfloat16_an_answer_is_the_same_alone_and_in_a_crowd(tmp_path: Path) -> None:
     size = replace(SIZES["tiny"], head_dim=64, intermediate_size=128)

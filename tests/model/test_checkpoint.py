@@ -16,7 +16,7 @@ from torch import Tensor
 
 from server.attention.backend import choose_backend
 from server.errors import CheckpointError
-from server.kernels.machine import has_pair_units
+from server.kernels.machine import product_units
 from server.model.checkpoint import check_tensors, load_model, pack_for_cpu
 from server.model.compiled_decoder import CompiledDecoder
 from server.model.config import read_checkpoint
@@ -363,7 +363,7 @@ def test_private_memory_while_loading_stays_near_the_weights(tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(
-    not has_pair_units(torch.bfloat16), reason="this CPU does not multiply pairs of bfloat16"
+    product_units(torch.bfloat16) is None, reason="this CPU does not multiply bfloat16"
 )
 @pytest.mark.parametrize(
     ("head_dim", "intermediate_size", "is_program"),

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from server.attention.backend import BACKENDS, AskedTokens, AttentionBackend, AttentionInputs
 from server.kernels import machine
-from server.kernels.machine import has_pair_units
+from server.kernels.machine import product_units
 from server.model.compiled_decoder import CompiledDecoder, compile_decoder
 from server.model.config import TextConfig
 from server.model.decoder import Decoder
 from server.model.layers import pack_linear_layers
 
 pytestmark = pytest.mark.skipif(
-    not has_pair_units(torch.bfloat16), reason="this CPU does not multiply pairs of bfloat16"
+    product_units(torch.bfloat16) is None, reason="this CPU does not multiply bfloat16"
 )
 
 NUM_PAGES = 12

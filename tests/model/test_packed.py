@@ -13,19 +13,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from server.kernels import machine
-from server.kernels.machine import has_pair_units
-from server.kernels.products import MAX_ROWS, ROWS_AT_ONCE
+from server.kernels.machine import ProductUnits, product_units
+from server.kernels.products import ROWS_AT_ONCE
 from server.model.packed import PackedLinear, _warn_of_another_order
 
 REPOSITORY = Path(__file__).parents[2]
 
 needs_pair_units = pytest.mark.skipif(
-    not has_pair_units(torch.bfloat16), reason="this CPU does not multiply pairs of bfloat16"
+    product_units(torch.bfloat16) is None, reason="this CPU does not multiply bfloat16"
 )
 
-NUM_ROWS = (1, MAX_ROWS - 1, MAX_ROWS, MAX_ROWS + 1, 2 * MAX_ROWS + 1, ROWS_AT_ONCE + 1, 300)
+HAD_BESIDE: dict[ProductUnits | None, list[ProductUnits]] = {
+    None: [],
+    "pairs": ["pairs"],
+    "tiles": ["pairs", "tiles"],
+}
+UNITS = HAD_BESIDE[product_units(torch.bfloat16)]
+"""All that this CPU has."""
 
-BLOCKS = [(128, 64), (192, 1024), (224, 224), (80, 32)]
+NUM_ROWS = (1, 5, 6, 7, 13, 16, 17, 48, ROWS_AT_ONCE + 1, 300)
+"""With six by pairs and sixteen by tiles multiplied at once, whole such parts and others."""
+
+BLOCKS = [(128, 64), (192, 1024), (224, 224), (80, 32), (64, 98), (128, 18), (64, 4096)]
 """Outputs and inputs that lie in blocks, the last of which need not be full."""
 
 NO_BLOCKS = [(100, 64), (64, 33), (8, 2)]
@@ -36,10 +45,12 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=generator).bfloat16()
 
 
-def layer(out: int, size: int, *, has_bias: bool = True) -> tuple[PackedLinear, Tensor, Tensor]:
+def layer(
+    out: int, size: int, *, has_bias: bool = True, units: ProductUnits | None = None
+) -> tuple[PackedLinear, Tensor, Tensor]:
     """A layer, and its weight and bias in float64."""
     weight, bias = normal(out, size, seed=1) / size**0.5, normal(out, seed=2)
-    packed = PackedLinear(weight, bias if has_bias else None)
+    packed = PackedLinear(weight, bias if has_bias else None, units=units)
     return packed, weight.double(), bias.double() if has_bias else torch.zeros(out).double()
 
 
@@ -53,9 +64,31 @@ def assert_close(result: Tensor, exact: Tensor) -> None:
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("shape", [*BLOCKS, *NO_BLOCKS], ids=str)
 def test_a_layer_is_the_product(shape: tuple[int, int], has_bias: bool, num_rows: int) -> None:
-    packed, weight, bias = layer(*shape, has_bias=has_bias)
     rows = normal(num_rows, shape[1])
+    for units in UNITS or [None]:
+        packed, weight, bias = layer(*shape, has_bias=has_bias, units=units)
+        assert_close(packed(rows), F.linear(rows.double(), weight, bias))
+
+
+@needs_pair_units
+@pytest.mark.parametrize("units", UNITS)
+def test_more_rows_than_lie_in_a_cache(units: ProductUnits) -> None:
+    packed, weight, bias = layer(192, 1024, units=units)
+    rows = normal(8 * ROWS_AT_ONCE - 5, 1024)
     assert_close(packed(rows), F.linear(rows.double(), weight, bias))
+
+
+@pytest.mark.parametrize("units", [each for each in UNITS if each == "tiles"])
+def test_our_tiles_and_those_of_the_library_in_turn(units: ProductUnits) -> None:
+    """Neither takes the other's shapes of tiles for its own."""
+    packed, weight, bias = layer(192, 96, units=units)
+    rows = normal(37, 96)
+    exact = F.linear(rows.double(), weight, bias)
+    for _ in range(20):
+        for num_rows in (1, 5, 37):
+            some = rows[:num_rows]
+            assert_close(packed(some), exact[:num_rows])
+            assert_close(packed._multiply_by_library(some, "none", ""), exact[:num_rows])
 
 
 @needs_pair_units
@@ -79,20 +112,24 @@ def test_it_is_not_taken_where_something_else_was_packed(caplog: pytest.LogCaptu
 
 
 @needs_pair_units
+@pytest.mark.parametrize("units", UNITS)
 @pytest.mark.parametrize("shape", BLOCKS, ids=str)
-def test_a_row_is_computed_as_it_would_be_alone(shape: tuple[int, int]) -> None:
-    packed, _, _ = layer(*shape)
+def test_a_row_is_computed_as_it_would_be_alone(
+    shape: tuple[int, int], units: ProductUnits
+) -> None:
+    packed, _, _ = layer(*shape, units=units)
     rows = normal(ROWS_AT_ONCE + 20, shape[1])
     alone = torch.cat([packed(row[None]) for row in rows])
-    for start, stop in ((0, len(rows)), (3, 10), (1, ROWS_AT_ONCE), (7, 7 + MAX_ROWS)):
+    for start, stop in ((0, len(rows)), (3, 10), (1, ROWS_AT_ONCE), (7, 7 + 6), (7, 7 + 16)):
         assert torch.equal(packed(rows[start:stop]), alone[start:stop])
 
 
 @needs_pair_units
+@pytest.mark.parametrize("units", UNITS)
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("num_rows", NUM_ROWS)
-def test_gated(num_rows: int, has_bias: bool) -> None:
-    packed, weight, bias = layer(2 * 192, 64, has_bias=has_bias)
+def test_gated(num_rows: int, has_bias: bool, units: ProductUnits) -> None:
+    packed, weight, bias = layer(2 * 192, 64, has_bias=has_bias, units=units)
     assert packed.can_gate
     assert not layer(2 * 96, 64)[0].can_gate
     rows = normal(num_rows, 64)
@@ -133,15 +170,15 @@ def test_tensors_that_do_not_fit_are_refused(rows: Tensor, output: Tensor, is_ga
 
 @needs_pair_units
 def test_a_compiler_for_another_cpu_is_not_asked_for_pairs() -> None:
-    command = "import torch; from server.kernels.machine import has_pair_units as has"
+    command = "import torch; from server.kernels.machine import product_units"
     finished = subprocess.run(
-        [sys.executable, "-c", f"{command}; print(has(torch.bfloat16))"],
+        [sys.executable, "-c", f"{command}; print(product_units(torch.bfloat16))"],
         env={**os.environ, "NUMBA_CPU_NAME": "generic", "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert finished.stdout == "False\n"
+    assert finished.stdout == "None\n"
 
 
 IN_ONE_ARENA = """
