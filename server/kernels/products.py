@@ -27,9 +27,6 @@ from server.kernels.vectors import (
 
 ROW_OF_SUMS_BYTES = 4 * COLUMNS
 
-ROWS_AT_ONCE = 96
-"""Of one task: the block then lies in a cache for all but the first."""
-
 
 @dataclass(frozen=True, slots=True)
 class Multiplier:
@@ -42,13 +39,21 @@ class Multiplier:
     """(module, *, adds, ahead) -> LLVM's function of the first seven arguments of `multiply`."""
 
     max_rows: int
+    task_rows: int
+    """Of a linear layer, for which a block is read once."""
+
     attention_rows: int
     """Queries that walk a sequence's pages together, of which each page is read once for all."""
 
 
 MULTIPLIERS: dict[ProductUnits, Multiplier] = {
-    "pairs": Multiplier(pairs.product_function, pairs.MAX_ROWS, attention_rows=4 * pairs.MAX_ROWS),
-    "tiles": Multiplier(tiles.product_function, ROWS_AT_ONCE, attention_rows=64),
+    "pairs": Multiplier(
+        pairs.product_function,
+        max_rows=pairs.MAX_ROWS,
+        task_rows=16 * pairs.MAX_ROWS,
+        attention_rows=4 * pairs.MAX_ROWS,
+    ),
+    "tiles": Multiplier(tiles.product_function, max_rows=192, task_rows=192, attention_rows=64),
 }
 
 UNITS: tuple[ProductUnits, ...] = tuple(MULTIPLIERS)
@@ -115,14 +120,14 @@ class LinearArguments(ctypes.Structure):
     output  bfloat16 [num_rows, num_columns], num_columns a multiple of 16
 
     A gated layer's weight has the gates' blocks first, then as many of the values. A task is a
-    block of the output for ROWS_AT_ONCE rows: `num_tasks_of` says how many there are.
+    block of the output for `task_rows` rows: `num_tasks_of` says how many there are.
     """
 
     _fields_ = [(name, ctypes.c_int64) for name in FIELDS]
 
 
-def num_tasks_of(*, num_rows: int, num_columns: int) -> int:
-    return -(-num_columns // COLUMNS) * -(-num_rows // ROWS_AT_ONCE)
+def num_tasks_of(units: ProductUnits, *, num_rows: int, num_columns: int) -> int:
+    return -(-num_columns // COLUMNS) * -(-num_rows // MULTIPLIERS[units].task_rows)
 
 
 @intrinsic(prefer_literal=True)
@@ -170,7 +175,7 @@ def compile_linear(units: ProductUnits, *, has_bias: bool, is_gated: bool) -> An
     """
     biased, gated = int(has_bias), int(is_gated)
     kind = UNITS.index(units)
-    max_rows = MULTIPLIERS[units].max_rows
+    max_rows, task_rows = MULTIPLIERS[units].max_rows, MULTIPLIERS[units].task_rows
     sums_bytes = max_rows * ROW_OF_SUMS_BYTES
     second_bytes = sums_bytes if is_gated else 0
 
@@ -178,7 +183,7 @@ def compile_linear(units: ProductUnits, *, has_bias: bool, is_gated: bool) -> An
         call = carray(address, (NUM_FIELDS,), np.int64)
         next_task = call[NEXT_TASK:].ctypes.data
         num_rows, num_columns, num_pairs = call[NUM_ROWS], call[NUM_COLUMNS], call[NUM_PAIRS]
-        num_chunks = (num_rows + ROWS_AT_ONCE - 1) // ROWS_AT_ONCE
+        num_chunks = (num_rows + task_rows - 1) // task_rows
         sums, second = stack_room(sums_bytes), stack_room(second_bytes)
         while True:
             task = fetch_add(next_task)

@@ -98,7 +98,7 @@ class PackedLinear(nn.Module):
         ):
             raise ValueError("rows or output are not what this layer takes")
         arguments = LinearArguments(
-            num_tasks=num_tasks_of(num_rows=num_rows, num_columns=num_columns),
+            num_tasks=num_tasks_of(self._units, num_rows=num_rows, num_columns=num_columns),
             rows=rows.data_ptr(),
             row_bytes=rows.stride(0) * rows.element_size(),
             num_rows=num_rows,

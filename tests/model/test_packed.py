@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from server.kernels import machine
 from server.kernels.machine import ProductUnits, product_units
-from server.kernels.products import ROWS_AT_ONCE
+from server.kernels.products import MULTIPLIERS
 from server.model.packed import PackedLinear, _warn_of_another_order
 
 REPOSITORY = Path(__file__).parents[2]
@@ -31,7 +31,8 @@ HAD_BESIDE: dict[ProductUnits | None, list[ProductUnits]] = {
 UNITS = HAD_BESIDE[product_units(torch.bfloat16)]
 """All that this CPU has."""
 
-NUM_ROWS = (1, 5, 6, 7, 13, 16, 17, 48, ROWS_AT_ONCE + 1, 300)
+MOST_ROWS = max(each.task_rows for each in MULTIPLIERS.values())
+NUM_ROWS = (1, 5, 6, 7, 13, 16, 17, 48, 97, MOST_ROWS + 1, 300)
 """With six by pairs and sixteen by tiles multiplied at once, whole such parts and others."""
 
 BLOCKS = [(128, 64), (192, 1024), (224, 224), (80, 32), (64, 98), (128, 18), (64, 4096)]
@@ -72,9 +73,9 @@ def test_a_layer_is_the_product(shape: tuple[int, int], has_bias: bool, num_rows
 
 @needs_pair_units
 @pytest.mark.parametrize("units", UNITS)
-def test_more_rows_than_lie_in_a_cache(units: ProductUnits) -> None:
+def test_many_tasks(units: ProductUnits) -> None:
     packed, weight, bias = layer(192, 1024, units=units)
-    rows = normal(8 * ROWS_AT_ONCE - 5, 1024)
+    rows = normal(4 * MOST_ROWS - 5, 1024)
     assert_close(packed(rows), F.linear(rows.double(), weight, bias))
 
 
@@ -118,9 +119,9 @@ def test_a_row_is_computed_as_it_would_be_alone(
     shape: tuple[int, int], units: ProductUnits
 ) -> None:
     packed, _, _ = layer(*shape, units=units)
-    rows = normal(ROWS_AT_ONCE + 20, shape[1])
+    rows = normal(MOST_ROWS + 20, shape[1])
     alone = torch.cat([packed(row[None]) for row in rows])
-    for start, stop in ((0, len(rows)), (3, 10), (1, ROWS_AT_ONCE), (7, 7 + 6), (7, 7 + 16)):
+    for start, stop in ((0, len(rows)), (3, 10), (1, MOST_ROWS), (7, 7 + 6), (7, 7 + 16)):
         assert torch.equal(packed(rows[start:stop]), alone[start:stop])
 
 
@@ -221,7 +222,7 @@ def test_threads_do_not_share_what_they_work_in() -> None:
 @needs_pair_units
 def test_threads_that_share_the_work_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, _, _ = layer(192, 1024)
-    rows = normal(ROWS_AT_ONCE + 20, 1024)
+    rows = normal(MOST_ROWS + 20, 1024)
     alone = packed(rows)
     monkeypatch.setattr(machine, "MIN_BYTES_TO_SHARE", 0)
     torch.set_num_threads(2)
