@@ -10,7 +10,7 @@ from torch import Tensor
 
 from server.attention.inputs import AttentionInputs, LayerCache
 from server.attention.sdpa import zero_pages
-from server.kernels.machine import Call, ProductUnits, product_units, run
+from server.kernels.machine import Call, ProductUnits, choose_units, product_units, run
 
 PAGE_SIZE = 64
 """The width of a block of `server.kernels.pairs`."""
@@ -22,7 +22,7 @@ def problem_on_device(
     """Why this backend cannot be had; None where it can."""
     if device.type != "cpu":
         return f"does not run on the device '{device}'"
-    if product_units(dtype) is None:
+    if not product_units(dtype):
         return "needs bfloat16, numba, and a CPU with AVX-512 BF16"
     if page_size not in (None, PAGE_SIZE):
         return f"has pages of {PAGE_SIZE} tokens only"
@@ -38,8 +38,11 @@ class PairBackend:
     page_size = PAGE_SIZE
 
     def __init__(self, units: ProductUnits | None = None) -> None:
-        """With the fastest of the CPU's units, or others."""
-        self._units: ProductUnits = units or product_units(torch.bfloat16) or "pairs"
+        """With the CPU's fastest units, or those named; ValueError where it has not those."""
+        chosen = choose_units(torch.bfloat16, units)
+        if chosen is None:
+            raise ValueError("this CPU does not multiply bfloat16")
+        self._units = chosen
 
     def allocate(
         self,

@@ -48,19 +48,29 @@ ProductUnits = Literal["pairs", "tiles"]
 
 
 @cache
-def product_units(dtype: torch.dtype) -> ProductUnits | None:
-    """What multiplies matrices in the loops of `products`, the fastest of what this CPU has.
+def product_units(dtype: torch.dtype) -> tuple[ProductUnits, ...]:
+    """What multiplies matrices in the loops of `products`, of what this CPU has the fastest first.
 
-    Pairs of bfloat16 (AVX-512 BF16), or whole tiles of them (AMX), which the kernel is asked to
-    allow. None where there is neither, or for other types.
+    Whole tiles of bfloat16 (AMX), which the kernel is asked to allow; and pairs of it (AVX-512
+    BF16), without which neither is used.
     """
     if dtype != torch.bfloat16 or not has_compiler():
-        return None
+        return ()
     features = _compiled_features()
     if not torch.cpu._is_avx512_bf16_supported() or "+avx512bf16" not in features:
-        return None
+        return ()
     has_tiles = torch.cpu._is_amx_tile_supported() and "+amx-bf16" in features
-    return "tiles" if has_tiles and torch.cpu._init_amx() else "pairs"
+    return ("tiles", "pairs") if has_tiles and torch.cpu._init_amx() else ("pairs",)
+
+
+def choose_units(dtype: torch.dtype, wanted: ProductUnits | None) -> ProductUnits | None:
+    """Those that are wanted, or else the fastest; ValueError where this CPU has not those."""
+    units = product_units(dtype)
+    if wanted is None:
+        return units[0] if units else None
+    if wanted not in units:
+        raise ValueError(f"this CPU multiplies no {wanted} of {dtype}")
+    return wanted
 
 
 def _compiled_features() -> str:

@@ -23,10 +23,16 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from server.kernels.attention import HIDDEN
 from server.kernels.machine import ProductUnits
-from server.kernels.pairs import COLUMNS, NUM_VECTORS, WIDTH, store_rounded
-from server.kernels.products import MULTIPLIERS, UNITS, multiply
+from server.kernels.pairs import (
+    COLUMNS,
+    NUM_VECTORS,
+    PAIR_BYTES,
+    SUMS_ROW_BYTES,
+    WIDTH,
+    store_rounded,
+)
+from server.kernels.products import MULTIPLIERS, STEP_PAIRS, UNITS, multiply
 from server.kernels.vectors import (
     EXP2_COEFFICIENTS,
     FLOAT,
@@ -49,7 +55,7 @@ from server.kernels.vectors import (
 )
 
 PAGE_SIZE = COLUMNS
-SCORES_BYTES, WEIGHTS_BYTES = 4 * PAGE_SIZE, 2 * PAGE_SIZE
+SCORES_BYTES, WEIGHTS_BYTES = SUMS_ROW_BYTES, 2 * PAGE_SIZE
 """Of one query with one page."""
 
 STATE_BYTES = 8
@@ -137,7 +143,7 @@ def _weigh(
             """With what is seen of each part; None where all is."""
             parts = rows
             if seen is not None:
-                hidden = constant(HIDDEN, WIDTH)
+                hidden = constant(-math.inf, WIDTH)
                 parts = [builder.select(*each, hidden) for each in zip(seen, rows, strict=True)]
             greatest = parts[0]
             for part in parts[1:]:
@@ -147,10 +153,12 @@ def _weigh(
             power = builder.fmul(builder.fsub(here, before), scale_value)
             is_over = builder.fcmp_ordered(">", power, FLOAT(MOST_POWER))
             level = builder.select(is_over, here, before)
-            base = builder.fmul(splat(builder, builder.fneg(level), WIDTH), factor)
+            levels = splat(builder, level, WIDTH)
             total = constant(0.0, WIDTH)
             for index, part in enumerate(parts):
-                weight = _power_of_two(builder, times_plus(builder, part, factor, base))
+                # Not multiplied first: the level itself has to weigh 1, however large it is.
+                power_of_each = builder.fmul(builder.fsub(part, levels), factor)
+                weight = _power_of_two(builder, power_of_each)
                 if seen is not None:
                     # Not nearly 0, but 0, or what is hidden would be felt.
                     weight = builder.select(seen[index], weight, constant(0.0, WIDTH))
@@ -185,6 +193,7 @@ def _weigh(
 
 def _power_of_two(builder: Any, powers: Any) -> Any:
     """Two to the power of sixteen float32, about 3e-6 off; what is not a number stays so."""
+    # Of an infinite one, what is left beside its whole part would be no number.
     least = constant(LEAST_POWER, WIDTH)
     powers = builder.select(builder.fcmp_ordered("<", powers, least), least, powers)
     kind = powers.type
@@ -244,7 +253,7 @@ def compile_attend(units: ProductUnits, *, group: int, head_dim: int) -> Any:
     `group` query heads share a key/value head; `head_dim` is a multiple of 64. The rows of a task
     are the queries of its tokens, by key/value head; they are multiplied in parts.
     """
-    hidden, one = np.float32(HIDDEN), np.float32(1.0)
+    lowest, one = np.float32(-np.inf), np.float32(1.0)
     scale = np.float32(head_dim**-0.5 * math.log2(math.e))
     row_bytes = 2 * head_dim
     page_bytes = row_bytes * PAGE_SIZE
@@ -258,7 +267,7 @@ def compile_attend(units: ProductUnits, *, group: int, head_dim: int) -> Any:
     sums_bytes = part_rows * SCORES_BYTES
     part_bytes = num_blocks * sums_bytes
     scores_bytes, weights_bytes = part_rows * SCORES_BYTES, part_rows * WEIGHTS_BYTES
-    pair_bytes = 2 * 2 * COLUMNS
+    last_step_bytes = STEP_PAIRS * COLUMNS * PAIR_BYTES
 
     def attend(address: Any) -> None:
         call = carray(address, (NUM_FIELDS,), np.int64)
@@ -273,9 +282,8 @@ def compile_attend(units: ProductUnits, *, group: int, head_dim: int) -> Any:
         state = np.empty((most_heads, max_rows, 2), np.float32)  # level, sum of weights
         sums = np.empty((most_heads, max_parts, num_blocks, part_rows, COLUMNS), np.float32)
         scores_at, weights_at = stack_room(scores_bytes), stack_room(weights_bytes)
-        last_pair_at = stack_room(pair_bytes)
-        last_pair = carray(pointer(last_pair_at), (COLUMNS, 2), np.uint16)
-        last_pair[:] = 0
+        last_step_at = stack_room(last_step_bytes)
+        last_step = carray(pointer(last_step_at), (STEP_PAIRS, COLUMNS, 2), np.uint16)
         sequence, first_task = 0, 0  # of that sequence
         while True:
             task = fetch_add(next_task)
@@ -312,7 +320,7 @@ def compile_attend(units: ProductUnits, *, group: int, head_dim: int) -> Any:
                         row = (token - first) * group + head
                         for dimension in range(head_dim):
                             rows[kv_head, row, dimension] = own[kv_head, head, dimension]
-            state[:num_heads, :num_rows, 0] = hidden
+            state[:num_heads, :num_rows, 0] = lowest
             state[:num_heads, :num_rows, 1] = 0
             for turn in range(num_heads * num_parts):
                 kv_head, part = turn // num_parts, turn % num_parts
@@ -370,6 +378,8 @@ def compile_attend(units: ProductUnits, *, group: int, head_dim: int) -> Any:
                     for block in range(num_blocks):
                         place, stored = attended + block * sums_bytes, values + block * block_bytes
                         following, pairs = stored + ahead, num_used // 2
+                        if num_used % 2:
+                            pairs -= pairs % STEP_PAIRS
                         if pairs:
                             multiply(
                                 weights_at,
@@ -384,11 +394,23 @@ def compile_attend(units: ProductUnits, *, group: int, head_dim: int) -> Any:
                                 kind,
                             )
                         if num_used % 2:
+                            # What lies beside the last value may be anything, and that times 0 too.
+                            num_last = num_used // 2 - pairs + 1
                             half = carray(pointer(stored), (PAGE_SIZE // 2, COLUMNS, 2), np.uint16)
-                            for column in range(COLUMNS):
-                                last_pair[column, 0] = half[pairs, column, 0]
-                            last, pair = weights_at + 2 * pairs * 2, last_pair_at
-                            multiply(last, WEIGHTS_BYTES, count, pair, 1, place, pair, 1, 1, kind)
+                            last_step[:num_last] = half[pairs : pairs + num_last]
+                            last_step[num_last - 1, :, 1] = 0
+                            multiply(
+                                weights_at + pairs * PAIR_BYTES,
+                                WEIGHTS_BYTES,
+                                count,
+                                last_step_at,
+                                num_last,
+                                place,
+                                following,
+                                1,
+                                1,
+                                kind,
+                            )
 
             for turn in range(num_heads * num_rows):
                 kv_head, row = turn // num_rows, turn % num_rows

@@ -19,6 +19,7 @@ from server.kernels.vectors import (
     INT64,
     constant,
     load_row,
+    own_function,
     prefetch_row,
     splat,
     store_row,
@@ -37,6 +38,7 @@ FEW_ROWS = 3
 WIDTH = 16
 NUM_VECTORS = COLUMNS // WIDTH
 PAIR_BYTES = 4
+SUMS_ROW_BYTES = 4 * COLUMNS
 
 
 class _BFloat(ir.Type):  # type: ignore[misc]  # llvmlite says no types
@@ -57,18 +59,15 @@ _SUMS = vector(FLOAT, WIDTH)
 
 
 def product_function(module: Any, *, adds: bool, ahead: bool) -> Any:
-    """The module's own function that `products.multiply` calls: compiled once, and not inlined.
+    """The module's own function that `products.multiply` calls.
 
     For 1 to MAX_ROWS rows. With FEW_ROWS at most the next block is called into the cache, where
     asked for: for blocks that lie one behind the other the processor does it itself.
     """
     name = f"multiply_pairs_{'added' if adds else 'new'}{'_ahead' if ahead else ''}"
-    if name in module.globals:
-        return module.globals[name]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [INT64] * 7), name)
-    function.linkage = "internal"
-    function.attributes.add("noinline")
-    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    function, builder = own_function(module, name, num_arguments=7)
+    if builder is None:
+        return function
     row_address, bytes_apart, count, block, *others = function.args
     cases = [function.append_basic_block(f"rows{n}") for n in range(1, MAX_ROWS + 1)]
     choice = builder.switch(count, cases[-1])

@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 
 from server.kernels import pairs, tiles
 from server.kernels.machine import ProductUnits
-from server.kernels.pairs import COLUMNS, WIDTH, store_rounded
+from server.kernels.pairs import COLUMNS, SUMS_ROW_BYTES, WIDTH, store_rounded
 from server.kernels.vectors import (
     BFLOAT16,
     FLOAT32,
@@ -25,14 +25,15 @@ from server.kernels.vectors import (
     stack_room,
 )
 
-ROW_OF_SUMS_BYTES = 4 * COLUMNS
+STEP_PAIRS = tiles.PAIRS_OF_STEP
 
 
 @dataclass(frozen=True, slots=True)
 class Multiplier:
     """How up to `max_rows` rows are multiplied by a block of weights.
 
-    Whatever rows are multiplied together, each one's result is to the bit the same.
+    Whatever rows are multiplied together, each one's result is to the bit the same; and so it is
+    where a block is multiplied in parts, if these end between steps of STEP_PAIRS pairs.
     """
 
     function: Callable[..., Any]
@@ -176,7 +177,7 @@ def compile_linear(units: ProductUnits, *, has_bias: bool, is_gated: bool) -> An
     biased, gated = int(has_bias), int(is_gated)
     kind = UNITS.index(units)
     max_rows, task_rows = MULTIPLIERS[units].max_rows, MULTIPLIERS[units].task_rows
-    sums_bytes = max_rows * ROW_OF_SUMS_BYTES
+    sums_bytes = max_rows * SUMS_ROW_BYTES
     second_bytes = sums_bytes if is_gated else 0
 
     def linear(address: Any) -> None:
@@ -211,12 +212,12 @@ def compile_linear(units: ProductUnits, *, has_bias: bool, is_gated: bool) -> An
                 output = call[OUTPUT] + start * call[OUTPUT_BYTES] + column * 2
                 for row in range(count):
                     _store_row_of_sums(
-                        sums + row * ROW_OF_SUMS_BYTES,
+                        sums + row * SUMS_ROW_BYTES,
                         bias,
                         bias + num_columns * 2,
                         output + row * call[OUTPUT_BYTES],
                         num_vectors,
-                        second + row * ROW_OF_SUMS_BYTES,
+                        second + row * SUMS_ROW_BYTES,
                         biased,
                         gated,
                     )

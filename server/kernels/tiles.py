@@ -3,7 +3,8 @@
 The blocks are those of `pairs`, [pairs, 64, 2]: sixteen pairs of sixteen columns are a tile as they
 lie. So are sixteen rows' 32 numbers; tiles of fewer rows are as good. A step multiplies one tile of
 rows by the four of a block, and adds to four tiles of sums. Every sum is made in the order of the
-steps, whatever rows are computed beside it.
+steps, whatever rows are computed beside it. Within a step the processor sums the first and the
+second numbers of the pairs apart: where steps begin and end makes a difference, zeros do not.
 
 Intel's Architecture Instruction Set Extensions Programming Reference says what the instructions do.
 """
@@ -16,23 +17,26 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
-from server.kernels.pairs import COLUMNS, PAIR_BYTES
-from server.kernels.vectors import BYTE_POINTER, CACHE_LINE_BYTES, INT64, prefetch_row
+from server.kernels.pairs import COLUMNS, FEW_ROWS, PAIR_BYTES, SUMS_ROW_BYTES
+from server.kernels.vectors import (
+    BYTE_POINTER,
+    CACHE_LINE_BYTES,
+    INT64,
+    own_function,
+    prefetch_row,
+)
 
 TILE_ROWS = 16
 TILE_ROW_BYTES = 64
 PAIRS_OF_STEP = TILE_ROW_BYTES // PAIR_BYTES
 LINE_BYTES = COLUMNS * PAIR_BYTES
-"""Of a block, for one pair; and of a row of sums, float32 as these are."""
+"""Of a block, for one pair."""
 
 STEP_BYTES = PAIRS_OF_STEP * LINE_BYTES
 
 STEPS_AT_ONCE = 8
 """For which many rows are multiplied before the next ones: so much of a block, 32 KiB, stays in the
 nearest cache meanwhile."""
-
-FEW_ROWS = 3
-"""With so few, a block is multiplied in less time than memory takes for the next one."""
 
 # The eight tiles, by number. A block's tiles are loaded into one after another of the same number:
 # the processor renames it. The last two are for what is less than a step.
@@ -68,12 +72,9 @@ def product_function(module: Any, *, adds: bool, ahead: bool) -> Any:
     `machine.product_units` has said that there are some.
     """
     name = f"multiply_tiles_{'added' if adds else 'new'}{'_ahead' if ahead else ''}"
-    if name in module.globals:
-        return module.globals[name]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [INT64] * 7), name)
-    function.linkage = "internal"
-    function.attributes.add("noinline")
-    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    function, builder = own_function(module, name, num_arguments=7)
+    if builder is None:
+        return function
     rows, row_bytes, count, block, num_pairs, sums, next_block = function.args
     num_steps = builder.udiv(num_pairs, INT64(PAIRS_OF_STEP))
     last_pairs = builder.urem(num_pairs, INT64(PAIRS_OF_STEP))
@@ -86,7 +87,7 @@ def product_function(module: Any, *, adds: bool, ahead: bool) -> Any:
             rows=builder.add(rows, builder.mul(first_row, row_bytes)),
             row_bytes=row_bytes,
             block=block,
-            sums=builder.add(sums, builder.mul(first_row, INT64(LINE_BYTES))),
+            sums=builder.add(sums, builder.mul(first_row, INT64(SUMS_ROW_BYTES))),
             steps=(first, stop),
             last_pairs=builder.select(
                 builder.icmp_signed("==", stop, num_steps), last_pairs, INT64(0)
@@ -144,7 +145,7 @@ def _multiply_steps(
 
     def load_sums() -> None:
         for part, tile in enumerate(SUMS):
-            _load(builder, tile, sums, part, INT64(LINE_BYTES))
+            _load(builder, tile, sums, part, INT64(SUMS_ROW_BYTES))
 
     def multiply_block(step: Any, rows_tile: int, block_tile: int) -> None:
         line = builder.add(rows, builder.mul(step, INT64(TILE_ROW_BYTES)))
@@ -174,7 +175,7 @@ def _multiply_steps(
     for part, tile in enumerate(SUMS):
         place = builder.add(sums, INT64(part * TILE_ROW_BYTES))
         pointer = builder.inttoptr(place, BYTE_POINTER)
-        _tile_call(builder, "tilestored64", [INT8(tile), pointer, INT64(LINE_BYTES)])
+        _tile_call(builder, "tilestored64", [INT8(tile), pointer, INT64(SUMS_ROW_BYTES)])
 
 
 def _load(builder: Any, tile: int, address: Any, part: int, row_bytes: Any) -> None:

@@ -153,13 +153,14 @@ def greatest_of(builder: Any, values: Any, width: int) -> Any:
     LLVM has a reduction for it, which minds what is no number, and so takes one after another.
     """
     while width > 1:
-        width //= 2
+        half = (width + 1) // 2
+        # Of an odd number, the one in the middle is in both: it is no greater for that.
+        lanes = (range(half), range(width - half, width))
         halves = [
-            builder.shuffle_vector(
-                values, values, ir.Constant(vector(INT32, width), list(range(start, start + width)))
-            )
-            for start in (0, width)
+            builder.shuffle_vector(values, values, ir.Constant(vector(INT32, half), list(each)))
+            for each in lanes
         ]
+        width = half
         is_greater = builder.fcmp_ordered(">", *halves)
         values = builder.select(is_greater, *halves)
     return builder.extract_element(values, INT32(0))
@@ -203,19 +204,34 @@ def stack_room(typing_context: Any, num_bytes: Any) -> Any:
     return types.int64(types.literal(size)), generate
 
 
+def own_function(module: Any, name: str, *, num_arguments: int) -> tuple[Any, Any | None]:
+    """The module's own function of integers that has this name, and what builds it.
+
+    None where it has been built already. Not inlined: it is compiled once for all its calls.
+    """
+    if name in module.globals:
+        return module.globals[name], None
+    kind = ir.FunctionType(ir.VoidType(), [INT64] * num_arguments)
+    function = ir.Function(module, kind, name)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    return function, ir.IRBuilder(function.append_basic_block("entry"))
+
+
 def compiled(function: Callable[[Any], None]) -> Any:
     """For a function of one address: its machine code, made now or by an earlier process.
 
     It is kept beside its file, or in the user's cache folder. Numba makes it anew where that file
     has changed and looks at no other, so that the name it is kept under stands for all of them.
+    Dividing by zero raises nothing, as in NumPy: whoever calls it could not see the error.
     """
     function.__qualname__ = f"{function.__name__}_{_source_digest()}"
     signature = types.void(types.voidptr)
     try:
-        return cfunc(signature, cache=True)(function)
+        return cfunc(signature, cache=True, error_model="numpy")(function)
     except (RuntimeError, OSError):
         # There is nowhere to keep it: no folder can be written to, or the disk is full.
-        return cfunc(signature)(function)
+        return cfunc(signature, error_model="numpy")(function)
 
 
 @cache

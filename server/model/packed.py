@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from server.kernels.machine import Call, ProductUnits, product_units, run
+from server.kernels.machine import Call, ProductUnits, choose_units, product_units, run
 
 FEWEST_ROWS = 4
 """That oneDNN is given: with one or two it reads a weight a fifth more slowly than with four."""
@@ -34,18 +34,17 @@ class PackedLinear(nn.Module):
     def __init__(
         self, weight: Tensor, bias: Tensor | None, *, units: ProductUnits | None = None
     ) -> None:
-        """Multiplied by the fastest of the CPU's units, or by those named, if it has them."""
+        """With the CPU's fastest units, or those named; ValueError where it has not those."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias = bias
-        fastest = product_units(weight.dtype)
+        chosen = choose_units(weight.dtype, units)
         # Where a CPU has tiles, oneDNN chooses our blocks only for what it takes for a single row.
-        rows_hint = 1 if fastest == "tiles" else None
-        # No buffer: such a tensor cannot be moved, viewed or saved.
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows_hint)
-        self._address = torch.ops.mkldnn.data_ptr(self.packed)
-        self.num_bytes = torch.ops.mkldnn._nbytes(self.packed)
-        self._units = units or fastest if fastest and self._lies_in_blocks(weight) else None
+        rows_hint = 1 if "tiles" in product_units(weight.dtype) else None
+        self._pack(weight, rows_hint=rows_hint)
+        self._units = chosen if chosen is not None and self._lies_in_blocks(weight) else None
+        if rows_hint is not None and self._units is None:
+            self._pack(weight, rows_hint=None)
         self.can_gate = False
         if self.has_blocks:
             from server.kernels.pairs import COLUMNS
@@ -53,6 +52,12 @@ class PackedLinear(nn.Module):
             self._block_bytes = self.num_bytes // -(-self.out_features // COLUMNS)
             # Whether each half of the outputs is a number of whole blocks.
             self.can_gate = self.out_features % (2 * COLUMNS) == 0
+
+    def _pack(self, weight: Tensor, *, rows_hint: int | None) -> None:
+        # No buffer: such a tensor cannot be moved, viewed or saved.
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows_hint)
+        self._address = torch.ops.mkldnn.data_ptr(self.packed)
+        self.num_bytes = torch.ops.mkldnn._nbytes(self.packed)
 
     @property
     def has_blocks(self) -> bool:

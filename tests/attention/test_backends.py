@@ -27,6 +27,14 @@ def test_matches_dense_attention(
 
 
 @pytest.mark.parametrize("name", CPU_BACKENDS)
+@pytest.mark.parametrize("page_size", [1, 3, 20, 24, 48])
+def test_pages_may_have_any_size(name: str, page_size: int) -> None:
+    scene = build_scene(name, LENGTHS["mixed"], page_size=page_size)
+    scene.queries.mul_(100)  # so that it matters which score is the greatest
+    torch.testing.assert_close(attend(scene).double(), expected(scene), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", CPU_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("lengths", ["mixed", "long"])
 def test_half_precision_stays_close(name: str, dtype: torch.dtype, lengths: str) -> None:

@@ -16,7 +16,7 @@ from server.kernels.machine import ProductUnits, product_units
 from tests.attention.scenes import LENGTHS, Scene, attend, build_scene, expected
 
 pytestmark = pytest.mark.skipif(
-    product_units(torch.bfloat16) is None, reason="this CPU does not multiply bfloat16"
+    not product_units(torch.bfloat16), reason="this CPU does not multiply bfloat16"
 )
 
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test by both; tiles only where the CPU has them."""
     units: ProductUnits = request.param
-    if units == "tiles" and product_units(torch.bfloat16) != "tiles":
+    if units not in product_units(torch.bfloat16):
         pytest.skip("this CPU does not multiply tiles")
     monkeypatch.setattr("server.attention.backend.PairBackend", lambda: PairBackend(units))
 
@@ -152,11 +152,49 @@ def test_what_is_not_a_number_stays_so_and_in_its_sequence(spoiled: str) -> None
     assert result[1].isfinite().all()
 
 
-@pytest.mark.parametrize("factor", [5, 30, 300])
-def test_large_scores_neither_overflow_nor_vanish(factor: int) -> None:
-    one = scene([(1, 40), (1, 7), (70, 70)])
+@pytest.mark.parametrize("factor", [5, 30, 300, 1e9, 1e30])
+def test_large_scores_neither_overflow_nor_vanish(factor: float) -> None:
+    one = scene([(1, 1), (1, 40), (1, 7), (70, 70)])
     one.queries.mul_(factor)
     torch.testing.assert_close(attend(one).double(), expected(one), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("number", [torch.inf, -torch.inf])
+def test_infinite_keys_stay_in_their_sequence(number: float) -> None:
+    """Where a query sees nothing else, there is nothing to be attended, and no number."""
+    one, clean = scene([(1, 1), (1, 70), (5, 9)]), scene([(1, 1), (1, 70), (5, 9)])
+    one.queries[0].abs_()
+    one.new_keys[0] = number
+    result, untouched = attend(one), attend(clean)
+    assert result[0].isnan().all()
+    assert torch.equal(result[1:], untouched[1:])
+
+
+def test_a_token_gets_the_same_where_the_order_of_sums_shows() -> None:
+    """Values that cancel out, so that what is left is what was rounded away on the way."""
+    generator = torch.Generator().manual_seed(0)
+    for last in range(2, 130):
+        whole = scene([(130, 130)])
+        whole.queries.zero_()  # all weigh the same
+        values = whole.new_values[: last // 2 * 2]
+        values.mul_(10 ** (8 * torch.rand(values.shape, generator=generator))).abs_()
+        order = torch.randperm(last // 2, generator=generator)
+        values[last // 2 :] = -values[: last // 2][order]
+        together = attend(whole)[last - 1]
+        queries, alone = portion(whole, 0, last - 1, last)
+        result = whole.backend.attend(queries, whole.inputs.caches[1], alone)
+        assert torch.equal(result[0], together), last
+
+
+@pytest.mark.skipif(len(product_units(torch.bfloat16)) < 2, reason="this CPU has no tiles")
+def test_each_kind_of_units_has_a_loop_of_its_own() -> None:
+    one = scene([(1, 5)])
+    output = one.queries.clone()
+    calls = [
+        PairBackend(units).attend_call(one.queries, output, one.inputs.caches[1], one.inputs)
+        for units in product_units(torch.bfloat16)
+    ]
+    assert calls[0].function.address != calls[1].function.address
 
 
 def test_threads_that_share_the_work_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

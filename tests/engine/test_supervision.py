@@ -106,9 +106,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.mark.skipif(
-    product_units(torch.bfloat16) is None, reason="this CPU does not multiply bfloat16"
-)
+@pytest.mark.skipif(not product_units(torch.bfloat16), reason="this CPU does not multiply bfloat16")
 async def test_in_bfloat16_an_answer_is_the_same_alone_and_in_a_crowd(tmp_path: Path) -> None:
     size = replace(SIZES["tiny"], head_dim=64, intermediate_size=128)
     write_checkpoint(tmp_path, size=size, dtype="bfloat16")

@@ -362,9 +362,7 @@ def test_private_memory_while_loading_stays_near_the_weights(tmp_path: Path) -> 
     assert peak < weights + 128e6
 
 
-@pytest.mark.skipif(
-    product_units(torch.bfloat16) is None, reason="this CPU does not multiply bfloat16"
-)
+@pytest.mark.skipif(not product_units(torch.bfloat16), reason="this CPU does not multiply bfloat16")
 @pytest.mark.parametrize(
     ("head_dim", "intermediate_size", "is_program"),
     [(64, 128, True), (64, 96, False), (16, 128, False)],

@@ -18,7 +18,7 @@ from server.model.decoder import Decoder
 from server.model.layers import pack_linear_layers
 
 pytestmark = pytest.mark.skipif(
-    product_units(torch.bfloat16) is None, reason="this CPU does not multiply bfloat16"
+    not product_units(torch.bfloat16), reason="this CPU does not multiply bfloat16"
 )
 
 NUM_PAGES = 12

@@ -19,17 +19,11 @@ from server.model.packed import PackedLinear, _warn_of_another_order
 
 REPOSITORY = Path(__file__).parents[2]
 
-needs_pair_units = pytest.mark.skipif(
-    product_units(torch.bfloat16) is None, reason="this CPU does not multiply bfloat16"
+needs_product_units = pytest.mark.skipif(
+    not product_units(torch.bfloat16), reason="this CPU does not multiply bfloat16"
 )
 
-HAD_BESIDE: dict[ProductUnits | None, list[ProductUnits]] = {
-    None: [],
-    "pairs": ["pairs"],
-    "tiles": ["pairs", "tiles"],
-}
-UNITS = HAD_BESIDE[product_units(torch.bfloat16)]
-"""All that this CPU has."""
+UNITS = product_units(torch.bfloat16)
 
 MOST_ROWS = max(each.task_rows for each in MULTIPLIERS.values())
 NUM_ROWS = (1, 5, 6, 7, 13, 16, 17, 48, 97, MOST_ROWS + 1, 300)
@@ -66,12 +60,12 @@ def assert_close(result: Tensor, exact: Tensor) -> None:
 @pytest.mark.parametrize("shape", [*BLOCKS, *NO_BLOCKS], ids=str)
 def test_a_layer_is_the_product(shape: tuple[int, int], has_bias: bool, num_rows: int) -> None:
     rows = normal(num_rows, shape[1])
-    for units in UNITS or [None]:
+    for units in UNITS or (None,):
         packed, weight, bias = layer(*shape, has_bias=has_bias, units=units)
         assert_close(packed(rows), F.linear(rows.double(), weight, bias))
 
 
-@needs_pair_units
+@needs_product_units
 @pytest.mark.parametrize("units", UNITS)
 def test_many_tasks(units: ProductUnits) -> None:
     packed, weight, bias = layer(192, 1024, units=units)
@@ -92,13 +86,13 @@ def test_our_tiles_and_those_of_the_library_in_turn(units: ProductUnits) -> None
             assert_close(packed._multiply_by_library(some, "none", ""), exact[:num_rows])
 
 
-@needs_pair_units
+@needs_product_units
 def test_our_loop_is_taken_where_the_weight_lies_in_blocks() -> None:
     assert all(layer(*shape)[0].has_blocks for shape in BLOCKS)
     assert not any(layer(*shape)[0].has_blocks for shape in NO_BLOCKS)
 
 
-@needs_pair_units
+@needs_product_units
 def test_it_is_not_taken_where_something_else_was_packed(caplog: pytest.LogCaptureFixture) -> None:
     """As with a version of oneDNN that packs in another order."""
     _warn_of_another_order.cache_clear()
@@ -112,7 +106,7 @@ def test_it_is_not_taken_where_something_else_was_packed(caplog: pytest.LogCaptu
     assert len(caplog.messages) == 1
 
 
-@needs_pair_units
+@needs_product_units
 @pytest.mark.parametrize("units", UNITS)
 @pytest.mark.parametrize("shape", BLOCKS, ids=str)
 def test_a_row_is_computed_as_it_would_be_alone(
@@ -125,7 +119,7 @@ def test_a_row_is_computed_as_it_would_be_alone(
         assert torch.equal(packed(rows[start:stop]), alone[start:stop])
 
 
-@needs_pair_units
+@needs_product_units
 @pytest.mark.parametrize("units", UNITS)
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("num_rows", NUM_ROWS)
@@ -149,7 +143,7 @@ def test_rows_may_lie_apart_and_have_any_number_of_dimensions(shape: tuple[int, 
     assert packed(wide[:0, :, :64]).shape == (0, 5, shape[0])
 
 
-@needs_pair_units
+@needs_product_units
 @pytest.mark.parametrize(
     ("rows", "output", "is_gated"),
     [
@@ -169,7 +163,7 @@ def test_tensors_that_do_not_fit_are_refused(rows: Tensor, output: Tensor, is_ga
         packed.call(rows, output, is_gated=is_gated)
 
 
-@needs_pair_units
+@needs_product_units
 def test_a_compiler_for_another_cpu_is_not_asked_for_pairs() -> None:
     command = "import torch; from server.kernels.machine import product_units"
     finished = subprocess.run(
@@ -179,7 +173,22 @@ def test_a_compiler_for_another_cpu_is_not_asked_for_pairs() -> None:
         text=True,
         check=True,
     )
-    assert finished.stdout == "None\n"
+    assert finished.stdout == "()\n"
+
+
+@needs_product_units
+def test_each_kind_of_units_has_a_loop_of_its_own() -> None:
+    rows, output = normal(3, 64), normal(3, 128)
+    calls = [layer(128, 64, units=units)[0].call(rows, output) for units in UNITS]
+    assert len({call.function.address for call in calls}) == len(UNITS)
+    with pytest.raises(ValueError, match="multiplies no tiles"):
+        PackedLinear(torch.zeros(128, 64), None, units="tiles")
+
+
+@needs_product_units
+def test_pairs_are_taken_where_tiles_are_not_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: False)
+    assert product_units.__wrapped__(torch.bfloat16) == ("pairs",)
 
 
 IN_ONE_ARENA = """
@@ -206,7 +215,7 @@ assert all(torch.equal(attend(one), attended) for _ in range(300))
 """
 
 
-@needs_pair_units
+@needs_product_units
 def test_threads_do_not_share_what_they_work_in() -> None:
     """Where all memory is of one arena, what is freed too soon is another thread's at once."""
     finished = subprocess.run(
@@ -219,7 +228,7 @@ def test_threads_do_not_share_what_they_work_in() -> None:
     assert finished.returncode == 0, finished.stderr
 
 
-@needs_pair_units
+@needs_product_units
 def test_threads_that_share_the_work_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, _, _ = layer(192, 1024)
     rows = normal(MOST_ROWS + 20, 1024)
@@ -233,7 +242,7 @@ def test_threads_that_share_the_work_give_the_same(monkeypatch: pytest.MonkeyPat
     assert torch.equal(together, alone)
 
 
-@needs_pair_units
+@needs_product_units
 def test_what_is_not_a_number_stays_so_and_in_its_row() -> None:
     packed, _, _ = layer(2 * 64, 64)
     rows = normal(8, 64)
