@@ -125,7 +125,7 @@ def _weigh(
 
     A weight is 2 ** (scale * (score - level)). `state` holds the level and the sum of the weights.
     The level is a score; it is raised, and all before shrinks, only where weights would otherwise
-    grow over 2 ** MOST_POWER: bfloat16 is as exact there, and with few pages is there much to do.
+    grow over 2 ** MOST_POWER. Larger weights are as exact, and at most pages nothing shrinks.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
