@@ -283,7 +283,7 @@ def compile_attend(units: ProductUnits, *, group: int, head_dim: int) -> Any:
         sums = np.empty((most_heads, max_parts, num_blocks, part_rows, COLUMNS), np.float32)
         scores_at, weights_at = stack_room(scores_bytes), stack_room(weights_bytes)
         last_step_at = stack_room(last_step_bytes)
-        last_step = carray(pointer(last_step_at), (STEP_PAIRS, COLUMNS, 2), np.uint16)
+        last_step = carray(pointer(last_step_at), (STEP_PAIRS, COLUMNS), np.uint32)  # pairs
         sequence, first_task = 0, 0  # of that sequence
         while True:
             task = fetch_add(next_task)
@@ -396,9 +396,13 @@ def compile_attend(units: ProductUnits, *, group: int, head_dim: int) -> Any:
                         if num_used % 2:
                             # What lies beside the last value may be anything, and that times 0 too.
                             num_last = num_used // 2 - pairs + 1
-                            half = carray(pointer(stored), (PAGE_SIZE // 2, COLUMNS, 2), np.uint16)
-                            last_step[:num_last] = half[pairs : pairs + num_last]
-                            last_step[num_last - 1, :, 1] = 0
+                            half = carray(pointer(stored), (PAGE_SIZE // 2, COLUMNS), np.uint32)
+                            # In loops: slices that could be of two sizes take 2 s to compile.
+                            for pair in range(num_last):
+                                for column in range(COLUMNS):
+                                    last_step[pair, column] = half[pairs + pair, column]
+                            for column in range(COLUMNS):
+                                last_step[num_last - 1, column] &= np.uint32(0xFFFF)
                             multiply(
                                 weights_at + pairs * PAIR_BYTES,
                                 WEIGHTS_BYTES,
