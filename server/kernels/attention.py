@@ -33,7 +33,7 @@ from server.kernels.vectors import (
     greatest_of,
     load_row,
     pointer,
-    prefetch_row,
+    prefetch,
     splat,
     times_plus,
     total_of,
@@ -112,7 +112,9 @@ def _attend_page(
             builder.store(constant(0.0, size), place)
         with cgutils.for_range(builder, INT64(dim)) as loop:
             row = load_row(builder, key_address, loop.index, size, kind)
-            prefetch_row(builder, next_address, loop.index, size * ELEMENT_BYTES[kind])
+            row_bytes = size * ELEMENT_BYTES[kind]
+            next_row = builder.add(next_address, builder.mul(loop.index, INT64(row_bytes)))
+            prefetch(builder, next_row, row_bytes, level=2)
             for head, place in enumerate(sums):
                 index = builder.add(loop.index, INT64(head * dim))
                 query = builder.load(float_pointer(builder, query_address, index))
@@ -159,7 +161,9 @@ def _attend_page(
             targets.append(target)
         with cgutils.for_range(builder, count) as loop:
             row = load_row(builder, value_address, loop.index, dim, kind)
-            prefetch_row(builder, next_v, loop.index, dim * ELEMENT_BYTES[kind])
+            row_bytes = dim * ELEMENT_BYTES[kind]
+            next_row = builder.add(next_v, builder.mul(loop.index, INT64(row_bytes)))
+            prefetch(builder, next_row, row_bytes, level=2)
             for weight, total in zip(weights, sums, strict=True):
                 scalar = builder.load(builder.gep(weight, [loop.index]))
                 broadcast = splat(builder, scalar, dim)

@@ -251,7 +251,7 @@ def compile_attend(units: ProductUnits, *, group: int, head_dim: int) -> Any:
     """The function that takes the address of `PairAttentionArguments` and fills `output`.
 
     `group` query heads share a key/value head; `head_dim` is a multiple of 64. The rows of a task
-    are the queries of its tokens, by key/value head; they are multiplied in parts.
+    are the queries of its tokens, by key/value head.
     """
     lowest, one = np.float32(-np.inf), np.float32(1.0)
     scale = np.float32(head_dim**-0.5 * math.log2(math.e))
@@ -259,14 +259,11 @@ def compile_attend(units: ProductUnits, *, group: int, head_dim: int) -> Any:
     page_bytes = row_bytes * PAGE_SIZE
     num_blocks = head_dim // COLUMNS  # of a page's values, and of what is attended
     block_bytes = page_bytes // num_blocks
-    multiplier, kind = MULTIPLIERS[units], UNITS.index(units)
+    kind = UNITS.index(units)
     tokens_of_task = _tokens_of_task(units, group)
     max_rows = tokens_of_task * group
-    part_rows = min(multiplier.max_rows, max_rows)
-    max_parts = (max_rows + part_rows - 1) // part_rows
-    sums_bytes = part_rows * SCORES_BYTES
-    part_bytes = num_blocks * sums_bytes
-    scores_bytes, weights_bytes = part_rows * SCORES_BYTES, part_rows * WEIGHTS_BYTES
+    scores_bytes, weights_bytes = max_rows * SCORES_BYTES, max_rows * WEIGHTS_BYTES
+    sums_bytes = max_rows * SUMS_ROW_BYTES
     last_step_bytes = STEP_PAIRS * COLUMNS * PAIR_BYTES
 
     def attend(address: Any) -> None:
@@ -280,7 +277,7 @@ def compile_attend(units: ProductUnits, *, group: int, head_dim: int) -> Any:
         most_heads = call[HEADS_OF_TASK]
         rows = np.empty((most_heads, max_rows, head_dim), np.uint16)
         state = np.empty((most_heads, max_rows, 2), np.float32)  # level, sum of weights
-        sums = np.empty((most_heads, max_parts, num_blocks, part_rows, COLUMNS), np.float32)
+        sums = np.empty((most_heads, num_blocks, max_rows, COLUMNS), np.float32)
         scores_at, weights_at = stack_room(scores_bytes), stack_room(weights_bytes)
         last_step_at = stack_room(last_step_bytes)
         last_step = carray(pointer(last_step_at), (STEP_PAIRS, COLUMNS), np.uint32)  # pairs
@@ -307,7 +304,6 @@ def compile_attend(units: ProductUnits, *, group: int, head_dim: int) -> Any:
             first = np.int64(bounds[sequence]) + chunk * tokens_of_task
             stop = min(first + tokens_of_task, np.int64(bounds[sequence + 1]))
             num_rows = (stop - first) * group
-            num_parts = (num_rows + part_rows - 1) // part_rows
             # By the chunk's first token; each further one sees one more.
             num_seen = np.int64(lengths[sequence]) - np.int64(bounds[sequence + 1]) + first + 1
             most_seen = num_seen + stop - first - 1
@@ -322,10 +318,7 @@ def compile_attend(units: ProductUnits, *, group: int, head_dim: int) -> Any:
                             rows[kv_head, row, dimension] = own[kv_head, head, dimension]
             state[:num_heads, :num_rows, 0] = lowest
             state[:num_heads, :num_rows, 1] = 0
-            for turn in range(num_heads * num_parts):
-                kv_head, part = turn // num_parts, turn % num_parts
-                count = (part + 1) * num_rows // num_parts - part * num_rows // num_parts
-                sums[kv_head, part, :, :count] = 0
+            sums[:num_heads, :, :num_rows] = 0
 
             num_pages = (most_seen + PAGE_SIZE - 1) // PAGE_SIZE
             for page in range(num_pages):
@@ -334,27 +327,24 @@ def compile_attend(units: ProductUnits, *, group: int, head_dim: int) -> Any:
                 after = (after * num_kv_heads + first_head) * page_bytes
                 # What lies behind the last position that is seen is somebody else's, or nothing.
                 num_used = min(most_seen - page * PAGE_SIZE, np.int64(PAGE_SIZE))
-                for turn in range(num_heads * num_parts):
-                    kv_head, part = turn // num_parts, turn % num_parts
+                for kv_head in range(num_heads):
                     keys = call[KEYS] + here + kv_head * page_bytes
                     values = call[VALUES] + here + kv_head * page_bytes
                     # From this head's keys and values to those that are computed next.
                     ahead = page_bytes
                     if kv_head + 1 == num_heads:
                         ahead = after - here - kv_head * page_bytes
-                    row = part * num_rows // num_parts
-                    count = (part + 1) * num_rows // num_parts - row
                     # Taken here, by name, because numba frees an array after its last use.
                     rows_at, state_at = np.int64(rows.ctypes.data), np.int64(state.ctypes.data)
                     sums_at = np.int64(sums.ctypes.data)
-                    queries = rows_at + (kv_head * max_rows + row) * row_bytes
-                    states = state_at + (kv_head * max_rows + row) * STATE_BYTES
-                    attended = sums_at + (kv_head * max_parts + part) * part_bytes
+                    queries = rows_at + kv_head * max_rows * row_bytes
+                    states = state_at + kv_head * max_rows * STATE_BYTES
+                    attended = sums_at + kv_head * num_blocks * sums_bytes
                     following = keys + ahead
                     multiply(
                         queries,
                         row_bytes,
-                        count,
+                        num_rows,
                         keys,
                         head_dim // 2,
                         scores_at,
@@ -363,18 +353,19 @@ def compile_attend(units: ProductUnits, *, group: int, head_dim: int) -> Any:
                         1,
                         kind,
                     )
-                    for each in range(count):
+                    for row in range(num_rows):
                         shrink = _weigh(
-                            scores_at + each * SCORES_BYTES,
-                            num_seen + (row + each) // group - page * PAGE_SIZE,
+                            scores_at + row * SCORES_BYTES,
+                            num_seen + row // group - page * PAGE_SIZE,
                             scale,
-                            states + each * STATE_BYTES,
-                            weights_at + each * WEIGHTS_BYTES,
+                            states + row * STATE_BYTES,
+                            weights_at + row * WEIGHTS_BYTES,
                         )
                         if shrink != one:
                             for block in range(num_blocks):
-                                place = attended + block * sums_bytes + each * SCORES_BYTES
-                                _shrink(place, shrink)
+                                _shrink(
+                                    attended + block * sums_bytes + row * SUMS_ROW_BYTES, shrink
+                                )
                     for block in range(num_blocks):
                         place, stored = attended + block * sums_bytes, values + block * block_bytes
                         following, pairs = stored + ahead, num_used // 2
@@ -384,7 +375,7 @@ def compile_attend(units: ProductUnits, *, group: int, head_dim: int) -> Any:
                             multiply(
                                 weights_at,
                                 WEIGHTS_BYTES,
-                                count,
+                                num_rows,
                                 stored,
                                 pairs,
                                 place,
@@ -406,7 +397,7 @@ def compile_attend(units: ProductUnits, *, group: int, head_dim: int) -> Any:
                             multiply(
                                 weights_at + pairs * PAIR_BYTES,
                                 WEIGHTS_BYTES,
-                                count,
+                                num_rows,
                                 last_step_at,
                                 num_last,
                                 place,
@@ -418,9 +409,8 @@ def compile_attend(units: ProductUnits, *, group: int, head_dim: int) -> Any:
 
             for turn in range(num_heads * num_rows):
                 kv_head, row = turn // num_rows, turn % num_rows
-                part = ((row + 1) * num_parts - 1) // num_rows
-                place = np.int64(sums.ctypes.data) + (kv_head * max_parts + part) * part_bytes
-                place += (row - part * num_rows // num_parts) * SCORES_BYTES
+                place = np.int64(sums.ctypes.data) + kv_head * num_blocks * sums_bytes
+                place += row * SUMS_ROW_BYTES
                 head = (first_head + kv_head) * group + row % group
                 target = call[OUTPUT] + (first + row // group) * token_bytes + head * row_bytes
                 share = one / state[kv_head, row, 1]

@@ -2,8 +2,10 @@
 
 The right matrix lies in blocks of 64 columns, each with its rows in pairs: [pairs, 64, 2]. A block
 is walked once for up to six rows of the left matrix, whose 24 vectors of sums stay in registers.
-Every sum is made in the order of the pairs, whatever rows are computed beside it, so that a row's
-result does not depend on its neighbours.
+For more rows it is walked in panels, one group of rows after the other, and meanwhile the next
+panel is called into the cache: else memory would be read for the first group only, and the others
+wait. Every sum is made in the order of the pairs, whatever rows are computed beside it, so that a
+row's result does not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
+from numba.core import cgutils
 
 from server.kernels.vectors import (
+    CACHE_LINE_BYTES,
     FLOAT,
     FLOAT32,
     INT32,
@@ -20,7 +24,7 @@ from server.kernels.vectors import (
     constant,
     load_row,
     own_function,
-    prefetch_row,
+    prefetch,
     splat,
     store_row,
     vector,
@@ -32,12 +36,15 @@ COLUMNS = 64
 MAX_ROWS = 6
 """Multiplied together: with one more, sums, weights and factor would not fit in 32 registers."""
 
-FEW_ROWS = 3
-"""With so few, a block is multiplied in less time than memory takes for the next one."""
+PANEL_PAIRS = 64
+"""16 KiB of a block: this panel and the next one fit in the nearest cache."""
 
 WIDTH = 16
 NUM_VECTORS = COLUMNS // WIDTH
 PAIR_BYTES = 4
+LINE_BYTES = COLUMNS * PAIR_BYTES
+"""Of a block, for one pair."""
+
 SUMS_ROW_BYTES = 4 * COLUMNS
 
 
@@ -61,14 +68,70 @@ _SUMS = vector(FLOAT, WIDTH)
 def product_function(module: Any, *, adds: bool, ahead: bool) -> Any:
     """The module's own function that `products.multiply` calls.
 
-    For 1 to MAX_ROWS rows. With FEW_ROWS at most the next block is called into the cache, where
-    asked for: for blocks that lie one behind the other the processor does it itself.
+    For any number of rows. More than MAX_ROWS call the next block's first panel into the cache, and
+    fewer the whole of it where asked for: for blocks that lie one behind the other the processor
+    does that itself.
     """
     name = f"multiply_pairs_{'added' if adds else 'new'}{'_ahead' if ahead else ''}"
     function, builder = own_function(module, name, num_arguments=7)
     if builder is None:
         return function
-    row_address, bytes_apart, count, block, *others = function.args
+    rows, row_bytes, count, block, num_pairs, sums, next_block = function.args
+    with builder.if_then(builder.icmp_signed("<=", count, INT64(MAX_ROWS))):
+        num_lines = LINE_BYTES // CACHE_LINE_BYTES if ahead else 2
+        # Else it calls what it is reading anyway.
+        called, called_each = (next_block, LINE_BYTES) if ahead else (block, 0)
+        walk = _walk_function(module, num_lines=num_lines)
+        whole = [rows, row_bytes, count, block, num_pairs, sums]
+        builder.call(walk, [*whole, INT64(int(adds)), called, INT64(called_each)])
+        builder.ret_void()
+    walk = _walk_function(module, num_lines=2)
+    num_groups = builder.udiv(builder.add(count, INT64(MAX_ROWS - 1)), INT64(MAX_ROWS))
+    # Two groups or more: each calls as much, and for each pair at most two lines.
+    called_each = builder.udiv(builder.add(num_groups, INT64(LINE_BYTES - 1)), num_groups)
+    width = INT64(PANEL_PAIRS)
+    with cgutils.for_range_slice(builder, INT64(0), num_pairs, width, INT64) as (first, _):
+        stop = builder.add(first, width)
+        is_last = builder.icmp_signed(">=", stop, num_pairs)
+        num_here = builder.sub(builder.select(is_last, num_pairs, stop), first)
+        panel = builder.add(block, builder.mul(first, INT64(LINE_BYTES)))
+        following = builder.add(panel, INT64(PANEL_PAIRS * LINE_BYTES))
+        following = builder.select(is_last, next_block, following)
+        is_added = INT64(1)
+        if not adds:
+            is_added = builder.zext(builder.icmp_signed(">", first, INT64(0)), INT64)
+        columns = builder.add(rows, builder.mul(first, INT64(PAIR_BYTES)))
+        with cgutils.for_range(builder, num_groups) as loop:
+            start = builder.udiv(builder.mul(loop.index, count), num_groups)
+            next_index = builder.add(loop.index, INT64(1))
+            end = builder.udiv(builder.mul(next_index, count), num_groups)
+            called = builder.mul(builder.mul(loop.index, called_each), num_here)
+            arguments = [
+                builder.add(columns, builder.mul(start, row_bytes)),
+                row_bytes,
+                builder.sub(end, start),
+                panel,
+                num_here,
+                builder.add(sums, builder.mul(start, INT64(SUMS_ROW_BYTES))),
+                is_added,
+                builder.add(following, called),
+                called_each,
+            ]
+            builder.call(walk, arguments)
+    builder.ret_void()
+    return function
+
+
+def _walk_function(module: Any, *, num_lines: int) -> Any:
+    """The module's own function for 1 to MAX_ROWS rows and a number of pairs.
+
+    Its arguments are the first six of `products.multiply`; whether it adds to the sums; and from
+    where on, at each pair, `num_lines` lines are called into the cache, and how far apart.
+    """
+    function, builder = own_function(module, f"walk_pairs_{num_lines}", num_arguments=9)
+    if builder is None:
+        return function
+    row_address, bytes_apart, count, *others = function.args
     cases = [function.append_basic_block(f"rows{n}") for n in range(1, MAX_ROWS + 1)]
     choice = builder.switch(count, cases[-1])
     for number, case in enumerate(cases, start=1):
@@ -78,21 +141,22 @@ def product_function(module: Any, *, adds: bool, ahead: bool) -> Any:
         places = [
             builder.add(row_address, builder.mul(bytes_apart, INT64(row))) for row in range(number)
         ]
-        _multiply_rows(builder, places, block, *others, adds=adds, ahead=ahead)
+        _walk_rows(builder, places, *others, num_lines=num_lines)
         builder.ret_void()
     return function
 
 
-def _multiply_rows(
+def _walk_rows(
     builder: Any,
     rows: list[Any],
     block: Any,
     num_pairs: Any,
     sums: Any,
-    next_block: Any,
+    is_added: Any,
+    called: Any,
+    called_each: Any,
     *,
-    adds: bool,
-    ahead: bool,
+    num_lines: int,
 ) -> None:
     """The loop for this number of rows; `rows` are their addresses."""
     multiply_pairs = builder.module.declare_intrinsic(
@@ -100,11 +164,11 @@ def _multiply_rows(
     )
     places = [(row, part) for row in range(len(rows)) for part in range(NUM_VECTORS)]
     before = builder.block
-    zeros = constant(0.0, WIDTH)
-    first = [
-        load_row(builder, sums, INT64(row * NUM_VECTORS + part), WIDTH, FLOAT32) if adds else zeros
-        for row, part in places
-    ]
+    adds = builder.icmp_signed("!=", is_added, INT64(0))
+    first = []
+    for row, part in places:
+        already = load_row(builder, sums, INT64(row * NUM_VECTORS + part), WIDTH, FLOAT32)
+        first.append(builder.select(adds, already, constant(0.0, WIDTH)))
     loop, done = builder.append_basic_block("pairs"), builder.append_basic_block("summed")
     builder.branch(loop)
     builder.position_at_end(loop)
@@ -114,10 +178,10 @@ def _multiply_rows(
     for phi, value in zip(carried, first, strict=True):
         phi.add_incoming(value, before)
     current = list(carried)
-    line = builder.add(block, builder.mul(index, INT64(COLUMNS * PAIR_BYTES)))
+    line = builder.add(block, builder.mul(index, INT64(LINE_BYTES)))
     weights = [_load_pairs(builder, line, part) for part in range(NUM_VECTORS)]
-    if ahead and len(rows) <= FEW_ROWS:
-        prefetch_row(builder, next_block, index, COLUMNS * PAIR_BYTES)
+    from_here = builder.add(called, builder.mul(index, called_each))
+    prefetch(builder, from_here, num_lines * CACHE_LINE_BYTES, level=1)
     for row, address in enumerate(rows):
         place = builder.add(address, builder.mul(index, INT64(PAIR_BYTES)))
         both = builder.load(builder.inttoptr(place, INT32.as_pointer()), align=2)

@@ -30,7 +30,7 @@ STEP_PAIRS = tiles.PAIRS_OF_STEP
 
 @dataclass(frozen=True, slots=True)
 class Multiplier:
-    """How up to `max_rows` rows are multiplied by a block of weights.
+    """How rows are multiplied by a block of weights.
 
     Whatever rows are multiplied together, each one's result is to the bit the same; and so it is
     where a block is multiplied in parts, if these end between steps of STEP_PAIRS pairs.
@@ -39,7 +39,6 @@ class Multiplier:
     function: Callable[..., Any]
     """(module, *, adds, ahead) -> LLVM's function of the first seven arguments of `multiply`."""
 
-    max_rows: int
     task_rows: int
     """Of a linear layer, for which a block is read once."""
 
@@ -50,11 +49,10 @@ class Multiplier:
 MULTIPLIERS: dict[ProductUnits, Multiplier] = {
     "pairs": Multiplier(
         pairs.product_function,
-        max_rows=pairs.MAX_ROWS,
         task_rows=16 * pairs.MAX_ROWS,
         attention_rows=4 * pairs.MAX_ROWS,
     ),
-    "tiles": Multiplier(tiles.product_function, max_rows=192, task_rows=192, attention_rows=64),
+    "tiles": Multiplier(tiles.product_function, task_rows=192, attention_rows=64),
 }
 
 UNITS: tuple[ProductUnits, ...] = tuple(MULTIPLIERS)
@@ -176,8 +174,8 @@ def compile_linear(units: ProductUnits, *, has_bias: bool, is_gated: bool) -> An
     """
     biased, gated = int(has_bias), int(is_gated)
     kind = UNITS.index(units)
-    max_rows, task_rows = MULTIPLIERS[units].max_rows, MULTIPLIERS[units].task_rows
-    sums_bytes = max_rows * SUMS_ROW_BYTES
+    task_rows = MULTIPLIERS[units].task_rows
+    sums_bytes = task_rows * SUMS_ROW_BYTES
     second_bytes = sums_bytes if is_gated else 0
 
     def linear(address: Any) -> None:
@@ -186,40 +184,43 @@ def compile_linear(units: ProductUnits, *, has_bias: bool, is_gated: bool) -> An
         num_rows, num_columns, num_pairs = call[NUM_ROWS], call[NUM_COLUMNS], call[NUM_PAIRS]
         num_chunks = (num_rows + task_rows - 1) // task_rows
         sums, second = stack_room(sums_bytes), stack_room(second_bytes)
-        while True:
-            task = fetch_add(next_task)
-            if task >= call[NUM_TASKS]:
-                break
+        following = fetch_add(next_task)
+        while following < call[NUM_TASKS]:
+            task = following
+            # Taken now already, for its weights to be called into the cache meanwhile.
+            following = fetch_add(next_task)
             block = task // num_chunks
             chunk = task % num_chunks
             column = block * COLUMNS
             num_vectors = min(COLUMNS, num_columns - column) // WIDTH
             weight = call[WEIGHT] + block * call[BLOCK_BYTES]
             values_weight = weight + (num_columns // COLUMNS) * call[BLOCK_BYTES]
+            next_weight = weight
+            if following < call[NUM_TASKS]:
+                next_weight = call[WEIGHT] + following // num_chunks * call[BLOCK_BYTES]
             bias = call[BIAS] + column * 2
             first = chunk * num_rows // num_chunks
-            num_here = (chunk + 1) * num_rows // num_chunks - first
-            num_groups = (num_here + max_rows - 1) // max_rows
-            for group in range(num_groups):
-                start = first + group * num_here // num_groups
-                count = first + (group + 1) * num_here // num_groups - start
-                rows = call[ROWS] + start * call[ROW_BYTES]
-                row_bytes = call[ROW_BYTES]
-                multiply(rows, row_bytes, count, weight, num_pairs, sums, weight, 0, 0, kind)
-                if gated:
-                    after = values_weight
-                    multiply(rows, row_bytes, count, after, num_pairs, second, after, 0, 0, kind)
-                output = call[OUTPUT] + start * call[OUTPUT_BYTES] + column * 2
-                for row in range(count):
-                    _store_row_of_sums(
-                        sums + row * SUMS_ROW_BYTES,
-                        bias,
-                        bias + num_columns * 2,
-                        output + row * call[OUTPUT_BYTES],
-                        num_vectors,
-                        second + row * SUMS_ROW_BYTES,
-                        biased,
-                        gated,
-                    )
+            count = (chunk + 1) * num_rows // num_chunks - first
+            row_bytes = call[ROW_BYTES]
+            rows = call[ROWS] + first * row_bytes
+            after = values_weight if gated else next_weight
+            multiply(rows, row_bytes, count, weight, num_pairs, sums, after, 0, 0, kind)
+            if gated:
+                after = next_weight
+                multiply(
+                    rows, row_bytes, count, values_weight, num_pairs, second, after, 0, 0, kind
+                )
+            output = call[OUTPUT] + first * call[OUTPUT_BYTES] + column * 2
+            for row in range(count):
+                _store_row_of_sums(
+                    sums + row * SUMS_ROW_BYTES,
+                    bias,
+                    bias + num_columns * 2,
+                    output + row * call[OUTPUT_BYTES],
+                    num_vectors,
+                    second + row * SUMS_ROW_BYTES,
+                    biased,
+                    gated,
+                )
 
     return compiled(linear)

@@ -17,20 +17,20 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
-from server.kernels.pairs import COLUMNS, FEW_ROWS, PAIR_BYTES, SUMS_ROW_BYTES
+from server.kernels.pairs import LINE_BYTES, PAIR_BYTES, SUMS_ROW_BYTES
 from server.kernels.vectors import (
     BYTE_POINTER,
     CACHE_LINE_BYTES,
     INT64,
     own_function,
-    prefetch_row,
+    prefetch,
 )
 
 TILE_ROWS = 16
 TILE_ROW_BYTES = 64
 PAIRS_OF_STEP = TILE_ROW_BYTES // PAIR_BYTES
-LINE_BYTES = COLUMNS * PAIR_BYTES
-"""Of a block, for one pair."""
+FEW_ROWS = 3
+"""With so few, a block is multiplied in less time than memory takes for the next one."""
 
 STEP_BYTES = PAIRS_OF_STEP * LINE_BYTES
 
@@ -168,7 +168,8 @@ def _multiply_steps(
                 load_sums()
     with cgutils.for_range_slice(builder, first, stop, INT64(1), INT64) as (step, _):
         if next_block is not None:
-            prefetch_row(builder, next_block, step, STEP_BYTES)
+            following = builder.add(next_block, builder.mul(step, INT64(STEP_BYTES)))
+            prefetch(builder, following, STEP_BYTES, level=2)
         multiply_block(step, ROWS, BLOCK)
     with builder.if_then(builder.icmp_signed(">", last_pairs, INT64(0))):
         multiply_block(stop, LAST_ROWS, LAST_BLOCK)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llvmlite import ir
 from numba import cfunc, types
@@ -103,15 +103,16 @@ def store_row(builder: Any, values: Any, address: Any, row: Any, width: int, sto
     builder.store(shorts, builder.bitcast(place, shorts.type.as_pointer()), align=2)
 
 
-def prefetch_row(builder: Any, address: Any, row: Any, num_bytes: int) -> None:
+def prefetch(builder: Any, address: Any, num_bytes: int, *, level: Literal[1, 2]) -> None:
+    """Calls the lines from an address on into the nearest cache, or the second."""
     arguments = [BYTE_POINTER, INT32, INT32, INT32]
-    prefetch = builder.module.declare_intrinsic(
+    call_line = builder.module.declare_intrinsic(
         "llvm.prefetch", [BYTE_POINTER], ir.FunctionType(ir.VoidType(), arguments)
     )
-    start = builder.add(address, builder.mul(row, INT64(num_bytes)))
+    to_read, locality, data = INT32(0), INT32(4 - level), INT32(1)
     for offset in range(0, num_bytes, CACHE_LINE_BYTES):
-        line = builder.inttoptr(builder.add(start, INT64(offset)), BYTE_POINTER)
-        builder.call(prefetch, [line, INT32(0), INT32(2), INT32(1)])  # read, level 2, data
+        line = builder.inttoptr(builder.add(address, INT64(offset)), BYTE_POINTER)
+        builder.call(call_line, [line, to_read, locality, data])
 
 
 def exp(builder: Any, exponents: Any, width: int) -> Any:

@@ -117,7 +117,7 @@ class PackedLinear(nn.Module):
         )
         has_bias = self.bias is not None
         function = _compiled_linear(self._units, has_bias=has_bias, is_gated=is_gated)
-        num_walks = -(-num_rows // MULTIPLIERS[self._units].max_rows)
+        num_walks = -(-num_rows // MULTIPLIERS[self._units].task_rows)
         return Call(function, arguments, num_walks * self.num_bytes)
 
     def _multiply_by_library(self, rows: Tensor, activation: str, algorithm: str) -> Tensor:
