@@ -413,7 +413,8 @@ class Scheduler:
         return is_begun and not num_inside and not sequence.must_compute_prompt
 
     def _advance_prompts(self, prompts: list[Sequence], plan: _Plan) -> None:
-        left = max(1, self._budget.max_tokens - len(plan.spans))
+        answers = sum(self._budget.price(span.start, span.stop) for span in plan.spans)
+        left = max(1, self._budget.max_tokens - math.ceil(answers))
         left_to_media = self._budget.max_media_tokens_beside_answers if plan.spans else left
         price = self._budget.tokens_per_stage
         # One stage may exceed its share, but what others take leaves room for it in the step.
@@ -445,15 +446,20 @@ class Scheduler:
         """Adds what this sequence computes for at most `allowance` tokens; returns what it costs.
 
         Its positions go as far as the allowance and the encoded media before them reach. A stage
-        of a tile that is dearer than any allowance is computed where that `may_exceed`.
+        of a tile, or a position, that is dearer than any allowance is computed where that
+        `may_exceed`.
         """
-        spent = 0
+        spent, start = 0, sequence.num_computed
+
+        def reached() -> int:
+            return self._budget.stop_within(start, max(0, allowance - spent))
+
         stop = len(sequence)
         for medium in sequence.media:
             encoding = medium.encoding
             if encoding is None or encoding.is_complete:
                 continue
-            if medium.start >= min(stop, sequence.num_computed + allowance - spent):
+            if medium.start >= min(stop, reached()):
                 break
             if encoding not in plan.encodings:  # else another sequence encodes it in this step
                 first, price = encoding.num_stages_encoded, self._budget.tokens_per_stage
@@ -467,10 +473,10 @@ class Scheduler:
                     continue
             stop = medium.start  # the rest, and so its embeds, come in a later step
             break
-        stop = min(stop, sequence.num_computed + max(0, allowance - spent))
-        if stop > sequence.num_computed:
-            plan.spans.append(Span(sequence, sequence.num_computed, stop))
-            spent += stop - sequence.num_computed
+        stop = min(stop, max(reached(), start + int(may_exceed and not spent)))
+        if stop > start:
+            plan.spans.append(Span(sequence, start, stop))
+            spent += math.ceil(self._budget.price(start, stop))
         return spent
 
     def _mark_computed(self, sequence: Sequence, stop: int) -> None:

@@ -5,6 +5,7 @@ The scheduler decides with these and the runner computes with them; neither need
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
@@ -193,6 +194,8 @@ class Span:
 class StepBudget:
     """What one step may hold, all of it priced in tokens of a prompt.
 
+    A token is the price of a position, or more where that takes longer than 1 / `max_tokens` of the
+    longest step: `position_price` and, for each position before it, `context_price`.
     `tokens_per_stage` is the price of one stage of one tile. `max_media_tokens_beside_answers` is
     the limit for tiles, and for prompts up to the end of their last medium, in a step that running
     answers wait for. One stage of the eldest prompt may exceed it, and `max_tokens` too where it
@@ -202,6 +205,24 @@ class StepBudget:
     max_tokens: int
     tokens_per_stage: int
     max_media_tokens_beside_answers: int
+    position_price: float = 0.0
+    context_price: float = 0.0
+
+    def price(self, start: int, stop: int) -> float:
+        """Of the positions [start, stop)."""
+        num_positions = stop - start
+        context = num_positions * (start + stop) / 2
+        return max(
+            num_positions, num_positions * self.position_price + context * self.context_price
+        )
+
+    def stop_within(self, start: int, allowance: int) -> int:
+        """How far positions from `start` on go for so much."""
+        # price(start, start + n) = slope * n ** 2 / 2 + first * n, solved for n.
+        slope, first = self.context_price, self.position_price + start * self.context_price
+        root = math.sqrt(first**2 + 2 * slope * allowance)
+        fitting = allowance if not root else int(2 * allowance / (first + root))
+        return start + min(allowance, fitting)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from server.core import (
 from server.engine.blocks import BlockPool
 from server.engine.encodings import EncoderCache
 from server.engine.scheduler import Scheduler
-from server.engine.sequence import Batch, Sequence, SpanOutput, StepBudget
+from server.engine.sequence import Batch, Sequence, Span, SpanOutput, StepBudget
 from server.engine.worker import StepRunner
 from server.errors import CheckpointError, ConfigError
 
@@ -65,22 +65,27 @@ def warm_up(
     vision: VisionSpec | None,
     max_stages_per_tile: int,
     max_tokens: int | None,
+    max_context: int,
     clock: Callable[[], float] = time.monotonic,
 ) -> WarmUp:
     """Generates, encodes and measures; CheckpointError where no usable logits come out.
 
-    `max_tokens` is the explicit setting, which is taken as it is; None finds it. Where even the
-    least step takes longer than the target, the least is what there is.
+    `max_tokens` is the explicit setting, which is taken as it is; None finds it, and what positions
+    cost that have others before them, `max_context` at most. Where even the least step takes longer
+    than the target, the least is what there is.
     """
     probe = _Probe(runner, pool, clock)
     probe.run(_request((0,), max_tokens=2))  # the first steps of all: what is set up is set up here
     answer_s = min(probe.run(_request((0,), max_tokens=3))[1:])
     num_tokens, prompt_s = _long_enough_prompt(probe, pool, answer_s)
     # What one more token costs: a step of one token has read all weights already.
-    token_s = max(prompt_s - answer_s, prompt_s / 10) / num_tokens
+    token_s = max(prompt_s - answer_s, prompt_s / 10) / max(1, num_tokens - 1)
+    position_price = context_price = 0.0
     if max_tokens is None:
-        fitting = int((TARGET_STEP_S - answer_s) / token_s)
-        max_tokens = max(MIN_TOKENS_PER_STEP, min(MAX_TOKENS_PER_STEP, fitting))
+        fitting = (TARGET_STEP_S - answer_s) / token_s
+        max_tokens = max(MIN_TOKENS_PER_STEP, min(MAX_TOKENS_PER_STEP, int(fitting)))
+        position_price = max_tokens / max(fitting, max_tokens)
+        context_price = position_price * _context_s(probe, pool, max_context) / token_s
     least_beside = min(MIN_MEDIA_TOKENS_BESIDE_ANSWERS, math.ceil(TARGET_WAIT_S / token_s))
     media_beside_answers = max(1, min(max_tokens, max(least_beside, int(answer_s / token_s))))
     tile_s = _tile_s(probe, vision, num_cached=pool.num_tokens) if vision is not None else 0.0
@@ -92,6 +97,8 @@ def warm_up(
         max_tokens=max_tokens,
         tokens_per_stage=max(1, math.ceil(tokens_per_tile / num_stages)),
         max_media_tokens_beside_answers=media_beside_answers,
+        position_price=position_price,
+        context_price=context_price,
     )
     return WarmUp(budget, num_stages, probe.slowest_s)
 
@@ -107,6 +114,18 @@ def _long_enough_prompt(probe: _Probe, pool: BlockPool, answer_s: float) -> tupl
         if step_s - answer_s >= LONG_ENOUGH_S or num_tokens * PROBE_GROWTH > most:
             return num_tokens, step_s
         num_tokens *= PROBE_GROWTH
+
+
+def _context_s(probe: _Probe, pool: BlockPool, max_context: int) -> float:
+    """Seconds that each position before it adds to a position."""
+    stop = min(max_context, pool.num_tokens)
+    num_tokens = min(FIRST_PROBE_TOKENS, stop // 2)
+    if not num_tokens:
+        return 0.0
+    far_s, near_s = (
+        min(probe.span_s(end - num_tokens, end) for _ in range(2)) for end in (stop, num_tokens)
+    )
+    return max(0.0, far_s - near_s) / (num_tokens * (stop - num_tokens))
 
 
 def _tile_s(probe: _Probe, vision: VisionSpec, *, num_cached: int) -> float:
@@ -157,6 +176,13 @@ class _Probe:
         scheduler.abort(request.request_id)
         scheduler.check()
         return step_s
+
+    def span_s(self, start: int, stop: int) -> float:
+        """The seconds of a step of these positions, as if those before them had been computed."""
+        sequence = Sequence.from_request(_request((0,) * stop, max_tokens=1), [])
+        sequence.num_computed = start
+        sequence.block_table = list(range(self._pool.blocks_for(stop)))
+        return self._timed(Batch([Span(sequence, start, stop)], [], []))[1]
 
     def _begin(
         self, request: GenerationRequest, tiles: AbstractSequence[Tiles], *, max_tokens: int

@@ -133,6 +133,7 @@ def _load(channel: SocketChannel, wrap: Callable[[Runner], StepRunner]) -> Worke
         vision=vision,
         max_stages_per_tile=info.tower.num_parts if info.tower is not None else 1,
         max_tokens=start.max_tokens_per_step,
+        max_context=context_length,
     )
     budget = measured.budget
     pool = BlockPool(num_blocks=num_blocks, block_size=block_size)
