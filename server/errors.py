@@ -322,10 +322,16 @@ class Unavailable(ServerError):
         *,
         param: str | None = None,
         shortage: str | None = None,
+        wait_s: float | None = None,
     ) -> None:
-        """`shortage` is what there is too little of, in one word, for whoever counts."""
+        """`shortage` is what there is too little of, in one word, for whoever counts.
+
+        `wait_s` is how long until there may be room again, where that is known.
+        """
         super().__init__(message, param=param)
         self.shortage = shortage
+        if wait_s is not None:
+            self.retry_after_s = math.ceil(wait_s)
 
 
 class WorkerRestarting(Unavailable):

@@ -7,8 +7,9 @@ Knows no process: who has started, and whom a crash has met, it is told.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,6 +20,9 @@ MAX_WAITING_CAPACITIES = 4
 """How many times the cache's capacity the waiting prompts may be, together."""
 
 MAX_WAITING_TILE_BYTES = 1 << 30
+
+DRAIN_WINDOW_S = 60.0
+"""What has ended in it says how fast the queue drains."""
 
 MAX_DEPARTED = 4_096
 """Requests whose leaving the engine has not confirmed; the oldest are forgotten."""
@@ -57,7 +61,13 @@ class Admissions:
     Each choice of a request counts, until all have ended: in the engine it is a request's work.
     """
 
-    def __init__(self, *, max_waiting: int, max_per_tenant: int | None) -> None:
+    def __init__(
+        self,
+        *,
+        max_waiting: int,
+        max_per_tenant: int | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._max_waiting = max_waiting
         self._max_per_tenant = max_per_tenant
         self._by_id: dict[str, Admitted] = {}
@@ -66,6 +76,10 @@ class Admissions:
         self._num_waiting = 0
         self._waiting_prompt_tokens = 0
         self._waiting_tile_bytes = 0
+        self._clock = clock
+        self._busy_since_s = 0.0
+        self._ends: deque[tuple[float, int]] = deque()
+        self._num_ended = 0
 
     def __iter__(self) -> Iterator[Admitted]:
         """Of those there are now: whoever iterates may let them leave."""
@@ -118,7 +132,21 @@ class Admissions:
             return "waiting_requests"
         return None
 
+    def room_in_s(self, shortage: Shortage, tenant: str) -> float:
+        """How long until there may be room again, at the rate at which choices ended of late."""
+        now_s = self._clock()
+        self._forget_ends(now_s)
+        # Where none has ended yet, one takes at least as long as they have been at it.
+        each_s = min(DRAIN_WINDOW_S, now_s - self._busy_since_s) / max(1, self._num_ended)
+        if shortage == "key_requests":  # until one of its own has ended
+            return each_s * self._num_of_tenant.total() / max(1, self._num_of_tenant[tenant])
+        return each_s * self._num_waiting  # until those who wait now have started
+
     def enter(self, admitted: Admitted) -> None:
+        if not self._by_id:
+            self._busy_since_s = self._clock()
+            self._ends.clear()
+            self._num_ended = 0
         self._by_id[admitted.request.request_id] = admitted
         self._num_of_tenant[admitted.request.tenant] += admitted.request.num_choices
         self._count_waiting(admitted, 1)
@@ -144,12 +172,20 @@ class Admissions:
     def leave(self, admitted: Admitted) -> None:
         request = admitted.request
         del self._by_id[request.request_id]
+        now_s = self._clock()
+        self._ends.append((now_s, request.num_choices))
+        self._num_ended += request.num_choices
+        self._forget_ends(now_s)
         self._suspects.pop(request.request_id, None)
         self._num_of_tenant[request.tenant] -= request.num_choices
         if not self._num_of_tenant[request.tenant]:
             del self._num_of_tenant[request.tenant]
         if admitted.is_waiting:
             self._count_waiting(admitted, -1)
+
+    def _forget_ends(self, now_s: float) -> None:
+        while self._ends and self._ends[0][0] <= now_s - DRAIN_WINDOW_S:
+            self._num_ended -= self._ends.popleft()[1]
 
     def _count_waiting(self, admitted: Admitted, change: Literal[1, -1]) -> None:
         self._num_waiting += change * admitted.request.num_choices

@@ -243,7 +243,7 @@ class EngineClient:
         self._end_all("shutting_down")
 
     def check_room(self, tenant: str, num_choices: int) -> None:
-        self._refuse(self._requests.too_many(tenant, num_choices))
+        self._refuse(self._requests.too_many(tenant, num_choices), tenant)
 
     async def submit(self, request: GenerationRequest, tiles: Sequence[Tiles]) -> TokenStream:
         facts = self._ready_facts()
@@ -376,12 +376,13 @@ class EngineClient:
         shortage = self._requests.shortage(
             request, num_tile_bytes=num_tile_bytes, kv_tokens=facts.kv_tokens
         )
-        self._refuse(shortage)
+        self._refuse(shortage, request.tenant)
 
-    def _refuse(self, shortage: Shortage | None) -> None:
+    def _refuse(self, shortage: Shortage | None, tenant: str) -> None:
         if shortage is not None:
             self._metrics.count_rejection(shortage)
-            raise RateLimited if shortage == "key_requests" else Unavailable
+            error = RateLimited if shortage == "key_requests" else Unavailable
+            raise error(wait_s=self._requests.room_in_s(shortage, tenant))
 
     def _limit_wait(self, request_id: str) -> None:
         # By its id: a timer must not keep the pixels of a request that is over.

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from server.core import GenerationRequest
 from server.engine.admission import (
+    DRAIN_WINDOW_S,
     MAX_DEPARTED,
     MAX_WAITING_CAPACITIES,
     MAX_WAITING_TILE_BYTES,
@@ -47,6 +48,35 @@ def shortage(
 ) -> Shortage | None:
     new = make_admitted("new", tenant=tenant, num_tokens=num_tokens, num_choices=num_choices)
     return admissions.shortage(new.request, num_tile_bytes=num_tile_bytes, kv_tokens=100)
+
+
+def test_who_finds_no_room_is_told_how_fast_others_end() -> None:
+    now_s = 1000.0
+    admissions = Admissions(max_waiting=4, max_per_tenant=None, clock=lambda: now_s)
+    assert admissions.room_in_s("waiting_requests", "tenant") == 0
+    admitted = [make_admitted(str(index), num_choices=2) for index in range(20)]
+    others = [make_admitted(f"other {index}", tenant="other") for index in range(10)]
+    for each in (*admitted, *others):
+        admissions.enter(each)
+    now_s += 5
+    assert admissions.room_in_s("waiting_requests", "tenant") == 5 * 50  # as if one had ended
+    for each in admitted[:10]:
+        admissions.leave(each)
+    # 20 in 5 s; 30 wait, of whom 20 are this tenant's.
+    assert admissions.room_in_s("waiting_requests", "tenant") == 30 / 4
+    assert admissions.room_in_s("key_requests", "tenant") == pytest.approx(30 / 20 / 4)
+    assert admissions.room_in_s("key_requests", "other") == pytest.approx(30 / 10 / 4)
+    now_s += DRAIN_WINDOW_S - 1
+    admissions.leave(admitted[10])
+    assert admissions.room_in_s("waiting_requests", "tenant") == DRAIN_WINDOW_S / 22 * 28
+    now_s += 2  # what ended so long ago counts no more
+    assert admissions.room_in_s("waiting_requests", "tenant") == DRAIN_WINDOW_S / 2 * 28
+    for each in (*admitted[11:], *others):
+        admissions.leave(each)
+    now_s += 1000
+    admissions.enter(make_admitted("after a pause"))
+    now_s += 1
+    assert admissions.room_in_s("waiting_requests", "tenant") == 1
 
 
 def test_what_is_known_before_a_request_is_prepared() -> None:

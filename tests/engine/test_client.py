@@ -16,6 +16,7 @@ import pytest_asyncio
 
 from server.config import EngineConfig, ModelConfig
 from server.core import Tiles, TokenEvent, VisionInput, VisionLayout
+from server.engine.admission import Admissions
 from server.engine.client import EngineClient, QueueStats, TokenStream
 from server.errors import InvalidPrompt, PromptTooLong, RateLimited, ServerError, Unavailable
 from server.model.config import CheckpointInfo
@@ -244,18 +245,22 @@ async def test_what_cannot_be_computed_is_refused_before_a_stream(client: Engine
         await client.submit(make_request(prompt=(272,)), [])
 
 
-async def test_the_queue_has_an_end(client: EngineClient, metrics: Metrics) -> None:
+async def test_the_queue_has_an_end(
+    client: EngineClient, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of one tenant four may be in the engine; of all, three may wait."""
+    monkeypatch.setattr(Admissions, "room_in_s", lambda *_: 16.2)
     running = await client.submit(make_request("0", prompt=(SLOW, 1), max_tokens=400), [])
     await anext(running)
     streams = [await client.submit(make_request(name, max_tokens=1), []) for name in "123"]
-    with pytest.raises(RateLimited):
+    with pytest.raises(RateLimited) as limited:
         await client.submit(make_request("4"), [])
+    assert limited.value.retry_after_s == 17
     other = make_request("5")
     object.__setattr__(other, "tenant", "other")
     with pytest.raises(Unavailable) as error:
         await client.submit(other, [])
-    assert error.value.code == "server_is_overloaded"
+    assert (error.value.code, error.value.retry_after_s) == ("server_is_overloaded", 17)
     assert client.queue == QueueStats(num_started=1, num_waiting=3, waiting_prompt_tokens=9)
     running.close()
     for stream in streams:
