@@ -39,7 +39,8 @@ class Admitted:
 
     `running` are the choices that have not finished. It waits until the engine process says that
     one of them joined the running set; `num_crashes` counts the processes that ended while it was
-    in there. One that a crash has met is held back while another such is on its way.
+    in there. One that a crash has met is held back while another such is on its way. Whoever met a
+    restart while waiting may wait as long again.
     """
 
     request: GenerationRequest
@@ -50,6 +51,7 @@ class Admitted:
     is_waiting: bool = True
     num_crashes: int = 0
     is_held_back: bool = False
+    has_met_restart: bool = False
 
     def __post_init__(self) -> None:
         self.running = set(range(self.request.num_choices))

@@ -329,6 +329,7 @@ class EngineClient:
             if is_final or not admitted.frames:
                 self._end(admitted, "worker_restarting")
                 continue
+            admitted.has_met_restart = True
             is_at_work = admitted.request.request_id in at_work
             if departed:  # it may have been theirs: nobody who is still here is held back for it
                 self._requests.wait_again(admitted)
@@ -393,7 +394,8 @@ class EngineClient:
         admitted = self._requests.get(request_id)
         if admitted is None or not admitted.is_waiting:
             return
-        if self._process.status != "ready" or admitted.num_crashes:
+        if self._process.status != "ready" or admitted.num_crashes or admitted.has_met_restart:
+            admitted.has_met_restart = False
             self._limit_wait(request_id)
             return
         self._metrics.count_rejection("waiting_time")

@@ -294,6 +294,21 @@ async def test_who_waits_too_long_is_told_so(tiny_checkpoint: Path) -> None:
         assert len(await collect(await client.submit(make_request("2", max_tokens=2), []))) == 2
 
 
+async def test_a_restart_is_no_waiting(tiny_checkpoint: Path) -> None:
+    client = make_client(tiny_checkpoint, max_requests_running=1, max_wait_s=4.0)
+    async with started(client):
+        running = await client.submit(make_request("0", prompt=(SLOW,), max_tokens=400), [])
+        await anext(running)
+        first = await client.submit(make_request("1", prompt=(SLOW,), max_tokens=4000), [])
+        second = await client.submit(make_request("2", max_tokens=2), [])
+        assert client.worker_pid is not None
+        os.kill(client.worker_pid, signal.SIGKILL)
+        await anext(first)
+        await asyncio.sleep(4.5)
+        first.close()
+        assert [event.error_code for event in await collect(second)] == [None, None]
+
+
 async def test_a_hanging_process_is_replaced(tiny_checkpoint: Path) -> None:
     """By a step that never ends, and stopped in its tracks while idle."""
     async with started(make_client(tiny_checkpoint, step_timeout_s=3.0)) as client:
