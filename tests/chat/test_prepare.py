@@ -363,3 +363,17 @@ async def test_ends(preparer: Preparer, facts: ModelFacts) -> None:
     prepared = await prepare(preparer, user(text("x")), ignore_eos=True, stop=("a",))
     assert prepared.request.sampling.stop_token_ids == ()
     assert prepared.stop == ("a",)
+
+
+async def test_the_callers_own_ends_are_never_ignored(
+    preparer: Preparer, facts: ModelFacts
+) -> None:
+    """Though one of them be the model's own."""
+    own = facts.stop_token_ids[-1]
+    for asked in ((7,), (7, own), (facts.im_end_id, 7)):
+        fields: dict[str, Any] = {"stop_token_ids": asked}
+        prepared = await prepare(preparer, user(text("x")), ignore_eos=True, **fields)
+        assert prepared.request.sampling.stop_token_ids == asked
+        prepared = await prepare(preparer, user(text("x")), **fields)
+        ends = {*asked, *facts.stop_token_ids, facts.im_end_id}
+        assert sorted(prepared.request.sampling.stop_token_ids) == sorted(ends)

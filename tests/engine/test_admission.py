@@ -15,7 +15,6 @@ from server.engine.admission import (
     DRAIN_WINDOW_S,
     MAX_DEPARTED,
     MAX_WAITING_CAPACITIES,
-    MAX_WAITING_TILE_BYTES,
     Admissions,
     Admitted,
     Departures,
@@ -93,15 +92,16 @@ def test_what_is_known_before_a_request_is_prepared() -> None:
 
 def test_each_bound_has_its_name() -> None:
     admissions = Admissions(max_waiting=3, max_per_tenant=2)
+    most_bytes = 1 << 30
     most_tokens = MAX_WAITING_CAPACITIES * 100
     # Nobody waits: whatever can run is admitted.
-    assert shortage(admissions, num_tokens=9999, num_tile_bytes=MAX_WAITING_TILE_BYTES + 1) is None
+    assert shortage(admissions, num_tokens=9999, num_tile_bytes=most_bytes + 1) is None
     first = make_admitted("0", num_tokens=100, num_tile_bytes=10)
     admissions.enter(first)
     assert shortage(admissions, num_tokens=most_tokens - 100) is None
     assert shortage(admissions, num_tokens=most_tokens - 99) == "waiting_prompt_tokens"
-    assert shortage(admissions, num_tile_bytes=MAX_WAITING_TILE_BYTES - 10) is None
-    assert shortage(admissions, num_tile_bytes=MAX_WAITING_TILE_BYTES - 9) == "waiting_tile_bytes"
+    assert shortage(admissions, num_tile_bytes=most_bytes - 10) is None
+    assert shortage(admissions, num_tile_bytes=most_bytes - 9) == "waiting_tile_bytes"
     admissions.enter(make_admitted("1"))
     assert shortage(admissions) == "key_requests"
     assert shortage(admissions, tenant="other") is None

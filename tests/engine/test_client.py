@@ -16,7 +16,7 @@ import pytest_asyncio
 
 from server.config import EngineConfig, ModelConfig
 from server.core import Tiles, TokenEvent, VisionInput, VisionLayout
-from server.engine.admission import Admissions
+from server.engine import admission
 from server.engine.client import EngineClient, QueueStats, TokenStream
 from server.errors import InvalidPrompt, PromptTooLong, RateLimited, ServerError, Unavailable
 from server.model.config import CheckpointInfo
@@ -249,7 +249,7 @@ async def test_the_queue_has_an_end(
     client: EngineClient, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of one tenant four may be in the engine; of all, three may wait."""
-    monkeypatch.setattr(Admissions, "room_in_s", lambda *_: 16.2)
+    monkeypatch.setattr(admission.Admissions, "room_in_s", lambda *_: 16.2)
     running = await client.submit(make_request("0", prompt=(SLOW, 1), max_tokens=400), [])
     await anext(running)
     streams = [await client.submit(make_request(name, max_tokens=1), []) for name in "123"]
@@ -268,6 +268,37 @@ async def test_the_queue_has_an_end(
     assert client.queue == QueueStats()
     for reason in ("key_requests", "waiting_requests"):
         assert f'hcx_requests_rejected_total{{reason="{reason}"}} 1.0' in metrics.text().decode()
+
+
+async def test_pixels_that_wait_have_a_bound(
+    client: EngineClient,
+    metrics: Metrics,
+    tiny_info: CheckpointInfo,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Room for one picture less a byte than two: those without pixels still enter."""
+    picture = make_request(prompt=(1, PICTURE, 2), max_tokens=1, spec=tiny_info.vision)  # type: ignore[arg-type]
+    tiles = make_tiles(picture, side=SIDE)
+    num_bytes = 3 * SIDE * SIDE * 3
+    monkeypatch.setattr(admission, "MAX_WAITING_TILE_BYTES", 2 * num_bytes - 1)
+    running = await client.submit(make_request("0", prompt=(SLOW, 1), max_tokens=400), [])
+    await anext(running)
+    first = await client.submit(replace(picture, request_id="1"), tiles)
+    assert client.queue.waiting_tile_bytes == num_bytes
+    with pytest.raises(Unavailable) as error:
+        await client.submit(replace(picture, request_id="2"), tiles)
+    assert (error.value.status, error.value.code) == (503, "server_is_overloaded")
+    assert 'rejected_total{reason="waiting_tile_bytes"} 1.0' in metrics.text().decode()
+    text = await client.submit(make_request("3", max_tokens=1), [])
+    first.close()
+    async with asyncio.timeout(10):
+        while client.queue.waiting_tile_bytes:
+            await asyncio.sleep(0.01)
+    second = await client.submit(replace(picture, request_id="4"), tiles)
+    running.close()
+    for stream in (text, second):
+        assert len(await collect(stream)) == 1
+    assert client.queue == QueueStats()
 
 
 async def test_two_requests_with_one_id_are_a_bug_of_ours(client: EngineClient) -> None:

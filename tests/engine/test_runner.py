@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,7 @@ from tests.engine.samples import make_request, make_tiles
 from tests.model.loading import encode_vision
 
 BLOCK_SIZE = 4
+NUM_BLOCKS = 512
 SIDE = 56
 
 PICTURE = VisionInput(
@@ -56,7 +58,7 @@ def make_scheduler(
     chunk: int = 10_000,
     stage_price: int = 1,
     max_running: int = 1,
-    num_blocks: int = 256,
+    num_blocks: int = NUM_BLOCKS,
     stages_per_tile: int = 1,
 ) -> Scheduler:
     return Scheduler(
@@ -92,7 +94,7 @@ def make_runner(model: VisionLanguageModel, tiny_info: CheckpointInfo) -> Callab
         backend = choose_backend("sdpa", device="cpu", page_size=BLOCK_SIZE)
         caches = backend.allocate(
             text.num_layers,
-            256,
+            NUM_BLOCKS,
             num_kv_heads=text.num_kv_heads,
             head_dim=text.head_dim,
             dtype=torch.float32,
@@ -111,7 +113,9 @@ def make_runner(model: VisionLanguageModel, tiny_info: CheckpointInfo) -> Callab
 
 @pytest.fixture
 def events(make_runner: Callable[[], Runner]) -> Events:
-    def run(*requests: GenerationRequest, **options: int) -> list[TokenEvent]:
+    def run(
+        *requests: GenerationRequest, batch_sizes: set[int] | None = None, **options: int
+    ) -> list[TokenEvent]:
         """What was told; `options` are those of `make_scheduler`."""
         scheduler = make_scheduler(**options)
         runner = make_runner()
@@ -122,6 +126,8 @@ def events(make_runner: Callable[[], Runner]) -> Events:
         events: list[TokenEvent] = []
         while batch := scheduler.schedule():
             events += scheduler.commit(batch, runner.run(batch))
+            if batch_sizes is not None:
+                batch_sizes.add(len(batch.spans))
         scheduler.check()
         return events
 
@@ -130,7 +136,7 @@ def events(make_runner: Callable[[], Runner]) -> Events:
 
 @pytest.fixture
 def answer(events: Events) -> Answer:
-    def run(*requests: GenerationRequest, **options: int) -> dict[str, list[int]]:
+    def run(*requests: GenerationRequest, **options: Any) -> dict[str, list[int]]:
         answers: dict[str, list[int]] = {request.request_id: [] for request in requests}
         for event in events(*requests, **options):
             assert event.token_id is not None
@@ -207,6 +213,22 @@ def requests(tiny_info: CheckpointInfo) -> list[GenerationRequest]:
     ]
 
 
+@pytest.fixture
+def crowd(requests: list[GenerationRequest]) -> list[GenerationRequest]:
+    """Those and as many short ones as make 32, no two of which begin alike."""
+    more = [
+        make_request(
+            f"short {number}",
+            prompt=tuple(range(100 + number, 101 + 2 * number)),
+            max_tokens=8 + number % 5,
+            temperature=float(number % 2),
+            seed=number,
+        )
+        for number in range(32 - len(requests))
+    ]
+    return [*requests, *more]
+
+
 @pytest.mark.parametrize(
     ("chunk", "stage_price", "stages_per_tile"),
     [(1, 1, 1), (3, 2, 1), (8, 2, 1), (10_000, 2000, 1), (3, 1, 2), (7, 2, 3), (10_000, 1, 5)],
@@ -228,19 +250,27 @@ def test_chunking_never_changes_tokens(
 
 
 @pytest.mark.parametrize(
-    ("chunk", "max_running", "stages_per_tile"), [(10_000, 8, 1), (10, 3, 1), (5, 3, 2)]
+    ("chunk", "stages_per_tile"), [(10_000, 1), (10, 1), (8, 1), (5, 2), (3, 1), (1, 1)]
 )
+@pytest.mark.parametrize("max_running", [2, 7, 32])
 def test_neighbours_never_change_tokens(
     answer: Answer,
-    requests: list[GenerationRequest],
+    crowd: list[GenerationRequest],
     chunk: int,
     max_running: int,
     stages_per_tile: int,
 ) -> None:
+    batch_sizes: set[int] = set()
     together = answer(
-        *requests, chunk=chunk, max_running=max_running, stages_per_tile=stages_per_tile
+        *crowd,
+        chunk=chunk,
+        max_running=max_running,
+        stages_per_tile=stages_per_tile,
+        batch_sizes=batch_sizes,
     )
-    assert together == answer(*requests)
+    # In small portions the first have their answers before the last have begun.
+    assert max(batch_sizes) == max_running or (max(batch_sizes) > 1 and chunk < 10_000)
+    assert together == answer(*crowd)
 
 
 @pytest.mark.parametrize(("chunk", "stages_per_tile"), [(10_000, 1), (5, 3)])

@@ -313,6 +313,21 @@ def test_an_answer_that_finds_no_block_makes_the_last_one_wait() -> None:
         assert ids(events, name) == ids(expected, name)
 
 
+def test_the_newest_goes_back_first_whoever_needs_the_block() -> None:
+    """The newest needs one first, then the next; only the eldest finds none."""
+    scheduler, cache = make_scheduler(num_blocks=8, max_tokens=100), FakeCache(4)
+    for name, num_ids in (("a", 6), ("b", 7), ("c", 8)):
+        scheduler.add(make_sequence(name, prompt=(ord(name),) * num_ids, max_tokens=7))
+    running, joined = [], []
+    while batch := scheduler.schedule():
+        running.append("".join(span.sequence.request_id for span in batch.spans))
+        joined += [sequence.request_id for sequence in batch.joined]
+        scheduler.commit(batch, cache.run(batch))
+        scheduler.check()
+    assert running[:5] == ["abc", "abc", "abc", "ab", "ab"]
+    assert joined == ["a", "b", "c", "c"]
+
+
 def test_one_who_had_to_go_back_comes_before_those_who_never_ran() -> None:
     scheduler, cache = make_scheduler(num_blocks=6), FakeCache(4)
     for name in "ab":
@@ -987,6 +1002,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.masks: dict[SequenceKey, Recorder] = {}
         self.events: dict[SequenceKey, list[TokenEvent]] = {}
         self.finals: dict[SequenceKey, str] = {}
+        self.joined: list[Sequence] = []  # those who ran when the last step began, in order
 
     @initialize(stages_per_tile=st.integers(1, 4), price=st.integers(1, MAX_TOKENS + 2))
     def begin(self, stages_per_tile: int, price: int) -> None:
@@ -1041,7 +1057,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def step(self) -> None:
-        batch = self.scheduler.schedule()
+        batch = self.schedule()
         assert (batch is None) == self.scheduler.idle
         if batch is None:
             return
@@ -1054,7 +1070,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
         The fault came before anything was computed together, or after everything was.
         """
-        batch = self.scheduler.schedule()
+        batch = self.schedule()
         if batch and is_computed:
             self.cache.run(batch)
         for index, (sequence, part) in enumerate(batch.alone() if batch else ()):
@@ -1070,6 +1086,16 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(number=st.integers(0, 40), choice=st.integers(0, 3))
     def abort_one_choice(self, number: int, choice: int) -> None:
         self.note(self.scheduler.abort(str(number), choice))
+
+    def schedule(self) -> Batch | None:
+        """Of those who ran, the newest went back, and whoever stayed joined before them."""
+        running = [sequence for sequence in self.joined if sequence.status == "running"]
+        batch = self.scheduler.schedule()
+        joined = batch.joined if batch else []
+        stayed = [each for each in running if each.status == "running" and each not in joined]
+        assert running[: len(stayed)] == stayed
+        self.joined = [*stayed, *joined]
+        return batch
 
     def judge(self, batch: Batch) -> None:
         waiting = [sequence for sequence in self.added.values() if sequence.status == "waiting"]

@@ -1,7 +1,8 @@
 """The demo model in bfloat16: how far results go apart when the same is computed in other portions.
 
 In 16 bits every sum is rounded, and portions of another size are summed in another order. What may
-come of it is documented in docs/model.md; in float32 tokens are the same, see test_runner.
+come of it is documented in docs/model.md; in float32 tokens are the same, see test_runner and
+test_demo_model.
 """
 
 from __future__ import annotations

@@ -309,6 +309,20 @@ async def test_a_restart_is_no_waiting(tiny_checkpoint: Path) -> None:
         assert [event.error_code for event in await collect(second)] == [None, None]
 
 
+async def test_no_more_run_than_a_step_has_tokens(tiny_checkpoint: Path) -> None:
+    async with started(make_client(tiny_checkpoint, max_tokens_per_step=2)) as client:
+        requests = [make_request(n, prompt=(SLOW, int(n)), max_tokens=200) for n in "1234"]
+        streams = [await client.submit(each, []) for each in requests]
+        for _ in range(10):
+            await asyncio.gather(anext(streams[0]), anext(streams[1]))
+        assert (client.queue.num_started, client.queue.num_waiting) == (2, 2)
+        for stream in streams[:2]:
+            stream.close()
+        for _ in range(3):
+            await asyncio.gather(anext(streams[2]), anext(streams[3]))
+        assert (client.queue.num_started, client.queue.num_waiting) == (2, 0)
+
+
 async def test_a_hanging_process_is_replaced(tiny_checkpoint: Path) -> None:
     """By a step that never ends, and stopped in its tracks while idle."""
     async with started(make_client(tiny_checkpoint, step_timeout_s=3.0)) as client:
