@@ -16,7 +16,9 @@ is exact however flat the row is and however many scores are equal.
 The draw is one uniform number, a function of the row's seed and position only, taken through the
 inverse of the cumulative distribution in the order of token ids. Weights are integers, so that
 their sums are the same in whatever order they are made. So neighbours in the batch change nothing.
-It must not know requests.
+
+On a CPU that is a compiled loop, after what each row alone asks for; what is written here is its
+twin, for other devices and where there is no compiler. It must not know requests.
 """
 
 from __future__ import annotations
@@ -24,13 +26,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from server.core import SamplingParams
+from server.kernels.machine import Call, has_compiler, run
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy; nothing is divided by them."""
@@ -88,6 +94,8 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
     """
     for index, row in enumerate(rows):
         _adjust(logits[index], row)
+    if is_compiled(logits):
+        return _sample_compiled(logits, rows)
     largest = logits.amax(dim=-1)  # NaN where the row holds one
     usable = largest.isfinite().tolist()
     has_greedy = any(row.is_greedy for row in rows)
@@ -104,6 +112,61 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
         token_id if is_usable else None
         for token_id, is_usable in zip(ids.tolist(), usable, strict=True)
     ]
+
+
+def is_compiled(logits: Tensor) -> bool:
+    """Whether these are sampled by a compiled loop, and not by its twin that is written here."""
+    return logits.device.type == "cpu" and has_compiler()
+
+
+def _sample_compiled(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
+    """As `sample`, of logits that have been adjusted."""
+    from server.kernels import sampling
+
+    num_rows, num_ids = logits.shape
+    padding = -num_ids % sampling.WIDTH
+    logits = F.pad(logits, (0, padding), value=-math.inf) if padding else logits.contiguous()
+    num_padded = num_ids + padding
+    wishes = np.zeros((num_rows, sampling.NUM_WISHES))
+    for wish, row in zip(wishes, rows, strict=True):
+        if not row.is_greedy:
+            wish[:] = _wishes(row, num_ids)
+    chosen = np.empty(num_rows, np.int64)
+    rooms = _rooms(torch.get_num_threads(), sampling.room_bytes(num_padded))
+    arguments = sampling.SamplingArguments(
+        num_tasks=num_rows,
+        rooms=rooms.data_ptr(),
+        room_bytes=rooms.shape[1],
+        logits=logits.data_ptr(),
+        num_ids=num_padded,
+        weight_unit=1 << _unit_bits(num_ids),
+        wishes=wishes.ctypes.data,
+        chosen=chosen.ctypes.data,
+    )
+    shared_bytes = logits.nbytes if num_rows > 1 else 0  # a row is one thread's
+    run([Call(_compiled_sampling(), arguments, num_bytes=shared_bytes)])
+    return [None if token_id < 0 else token_id for token_id in chosen.tolist()]
+
+
+def _wishes(row: SamplingRow, num_ids: int) -> tuple[float, ...]:
+    """In the order that `server.kernels.sampling` reads them in."""
+    params = row.params
+    # The loop's rows may be wider than these: what is no limit here must be none there.
+    top_k = params.top_k if 0 < params.top_k < num_ids else math.inf
+    return (params.temperature, row.least_score, top_k, params.top_p, row.chance)
+
+
+@lru_cache(maxsize=1)
+def _rooms(num_threads: int, room_bytes: int) -> Tensor:
+    """uint8 [threads, bytes], kept: memory that is asked for anew is slow when first used."""
+    return torch.empty(num_threads, room_bytes, dtype=torch.uint8)
+
+
+@cache
+def _compiled_sampling() -> Any:
+    from server.kernels.sampling import compile_sampling
+
+    return compile_sampling()
 
 
 def uniform(seed: int, position: int) -> float:
@@ -193,7 +256,12 @@ def _weights(scores: Tensor) -> Tensor:
 
     With 110,592 ids it is 2^-45 of the likeliest id's weight; what is lighter is never drawn.
     """
-    return scores.exp().mul_(2.0 ** (62 - scores.shape[1].bit_length())).long()
+    return scores.exp().mul_(2.0 ** _unit_bits(scores.shape[1])).long()
+
+
+def _unit_bits(num_ids: int) -> int:
+    """The likeliest id weighs 2 to this power: so many weights have a sum that int64 holds."""
+    return 62 - num_ids.bit_length()
 
 
 def _shares(weights: Tensor, top_ps: Tensor) -> Tensor:

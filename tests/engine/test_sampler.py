@@ -1,4 +1,7 @@
-"""The sampler, row by row, against a slow reference in NumPy that sorts everything."""
+"""The sampler, row by row, against a slow reference in NumPy that sorts everything.
+
+Each test is run with the compiled loop and with its twin.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,20 @@ import pytest
 import torch
 
 from server.core import SamplingParams
+from server.engine import sampler
 from server.engine.sampler import SamplingRow as Row
 from server.engine.sampler import sample, seed_of_choice, uniform
+from server.kernels import machine
 
 NUM_IDS = 1000
+
+
+@pytest.fixture(autouse=True, params=["compiled", "twin"])
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "twin":
+        monkeypatch.setattr(sampler, "is_compiled", lambda logits: False)
+    elif not machine.has_compiler():
+        pytest.skip("without numba there is no loop")
 
 
 def row(
@@ -133,6 +146,33 @@ def test_neighbours_change_nothing() -> None:
         for index, row in enumerate(rows)
     ]
     assert sample(torch.from_numpy(logits.copy()), rows) == alone
+
+
+def test_threads_that_share_the_rows_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, rows = torch.from_numpy(noise(100, scale=2.0)), mixed_rows(100)
+    monkeypatch.setattr(machine, "MIN_BYTES_TO_SHARE", 0)
+    before = torch.get_num_threads()
+    drawn = []
+    try:
+        for num_threads in (1, 2, 5):
+            torch.set_num_threads(num_threads)
+            drawn.append(sample(logits.clone(), rows))
+    finally:
+        torch.set_num_threads(before)
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
+def test_logits_may_be_part_of_a_wider_table() -> None:
+    logits, rows = torch.from_numpy(noise(40, scale=2.0)), mixed_rows(40)
+    wide = torch.full((40, NUM_IDS + 24), 99.0)
+    wide[:, :NUM_IDS] = logits
+    assert sample(wide[:, :NUM_IDS], rows) == sample(logits, rows)
+
+
+def test_the_first_of_the_likeliest_is_taken() -> None:
+    logits = torch.zeros(3, NUM_IDS)
+    logits[1, [77, 500]], logits[2, [998, 999]] = 1.0, 1.0
+    assert sample(logits, [row(temperature=0.0)] * 3) == [0, 77, 998]
 
 
 def test_the_draw_follows_the_distribution() -> None:
