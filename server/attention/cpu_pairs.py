@@ -26,14 +26,15 @@ def problem_on_device(
         return "needs bfloat16, numba, and a CPU with AVX-512 BF16"
     if page_size not in (None, PAGE_SIZE):
         return f"has pages of {PAGE_SIZE} tokens only"
-    if head_dim is None or head_dim % PAGE_SIZE:
-        return f"needs heads of a multiple of {PAGE_SIZE} dimensions"
+    if head_dim is None or head_dim % 2:
+        return "needs heads of an even number of dimensions"
     return None
 
 
 class PairBackend:
-    """Keys lie as [pages, kv_heads, head_dim / 2, 64, 2], values as
-    [pages, kv_heads, head_dim / 64, 32, 64, 2]; see `server.kernels.pair_attention`."""
+    """Keys lie as [pages, kv_heads, stored / 2, 64, 2], values as
+    [pages, kv_heads, stored / 64, 32, 64, 2], where `stored` is head_dim filled up to a multiple of
+    64; see `server.kernels.pair_attention`."""
 
     page_size = PAGE_SIZE
 
@@ -54,8 +55,11 @@ class PairBackend:
         dtype: torch.dtype,
         device: str,
     ) -> list[LayerCache]:
-        keys = (num_pages, num_kv_heads, head_dim // 2, PAGE_SIZE, 2)
-        values = (num_pages, num_kv_heads, head_dim // PAGE_SIZE, PAGE_SIZE // 2, PAGE_SIZE, 2)
+        from server.kernels.pair_attention import stored_head_dim
+
+        stored = stored_head_dim(head_dim)
+        keys = (num_pages, num_kv_heads, stored // 2, PAGE_SIZE, 2)
+        values = (num_pages, num_kv_heads, stored // PAGE_SIZE, PAGE_SIZE // 2, PAGE_SIZE, 2)
         return [
             LayerCache(
                 keys=zero_pages(keys, dtype=dtype, device=device),

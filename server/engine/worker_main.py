@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from server.attention.backend import choose_backend
+from server.attention.backend import AttentionBackend, choose_backend
 from server.core import VisionSpec
 from server.engine.blocks import BlockPool
 from server.engine.channel import SocketChannel
@@ -96,7 +96,8 @@ def _load(channel: SocketChannel, wrap: Callable[[Runner], StepRunner]) -> Worke
     pack_for_cpu(model, info)
     context_length = min(info.context_length, start.max_context or info.context_length)
     block_size = backend.page_size
-    num_blocks = _count_blocks(start, info, device, dtype, block_size, context_length)
+    bytes_per_token = _bytes_per_token(backend, info, device, dtype)
+    num_blocks = _count_blocks(start, device, bytes_per_token, block_size, context_length)
     try:
         caches = backend.allocate(
             info.text.num_layers,
@@ -153,7 +154,7 @@ def _load(channel: SocketChannel, wrap: Callable[[Runner], StepRunner]) -> Worke
         embedding_rows=info.text.embedding_rows,
         max_request_tokens=context_length,
         kv_tokens=pool.num_tokens,
-        kv_bytes=pool.num_tokens * info.kv_bytes_per_token(dtype),
+        kv_bytes=pool.num_tokens * bytes_per_token,
         block_size=block_size,
         device=device,
         dtype=dtype,
@@ -203,15 +204,25 @@ def choose_dtype(name: str, info: CheckpointInfo, *, device: str) -> str:
     return "float32" if info.parameter_bytes("float32") <= memory_bytes // 2 else info.dtype
 
 
-def _count_blocks(
-    start: Start,
-    info: CheckpointInfo,
-    device: str,
-    dtype: str,
-    block_size: int,
-    context_length: int,
+def _bytes_per_token(
+    backend: AttentionBackend, info: CheckpointInfo, device: str, dtype: str
 ) -> int:
-    bytes_per_token = info.kv_bytes_per_token(dtype)
+    """Of the cache, over all layers. A backend may have more room than the heads need."""
+    [one_page] = backend.allocate(
+        1,
+        1,
+        num_kv_heads=info.text.num_kv_heads,
+        head_dim=info.text.head_dim,
+        dtype=DTYPES[dtype],
+        device=device,
+    )
+    page_bytes = one_page.keys.nbytes + one_page.values.nbytes
+    return info.text.num_layers * page_bytes // backend.page_size
+
+
+def _count_blocks(
+    start: Start, device: str, bytes_per_token: int, block_size: int, context_length: int
+) -> int:
     num_bytes = choose_cache_bytes(
         device,
         configured=start.kv_cache_bytes,

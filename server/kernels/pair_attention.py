@@ -2,9 +2,12 @@
 
 A page has 64 tokens. Its keys lie as a block, [head_dim / 2, 64 tokens, 2], so that a product of
 queries with it is their scores; its values as blocks of 64 dimensions, each [32, 64, 2] with the
-tokens in pairs, so that a product of weights with them is what is attended. The pages are walked
-with a running maximum (the online softmax of FlashAttention, arXiv:2205.14135). As in the model's
-own code, scores and sums are float32 and the weights are rounded to bfloat16.
+tokens in pairs, so that a product of weights with them is what is attended. A head that is no whole
+number of blocks has room for one (`stored_head_dim`): the rest is never written, and never felt.
+
+The pages are walked with a running maximum (the online softmax of FlashAttention,
+arXiv:2205.14135). As in the model's own code, scores and sums are float32 and the weights are
+rounded to bfloat16.
 
 What a query does not see changes nothing of its result, to the bit: so a token gets the same
 whatever tokens are computed beside it. Only infinite values, and what is not a number, reach the
@@ -89,8 +92,8 @@ class PairAttentionArguments(ctypes.Structure):
     """What `attend` is called with; addresses, and sizes.
 
     queries      bfloat16 [tokens, heads, head_dim], of which only tokens may be apart
-    keys         bfloat16 [pages, kv_heads, head_dim / 2, 64, 2]
-    values       bfloat16 [pages, kv_heads, head_dim / 64, 32, 64, 2]
+    keys         bfloat16 [pages, kv_heads, stored_head_dim / 2, 64, 2]
+    values       bfloat16 [pages, kv_heads, stored_head_dim / 64, 32, 64, 2]
     output       bfloat16 [tokens, heads, head_dim]
     bounds       int32 [sequences + 1]: the tokens of each sequence
     lengths      int32 [sequences]: its positions, those tokens being the last of them
@@ -100,6 +103,11 @@ class PairAttentionArguments(ctypes.Structure):
     """
 
     _fields_ = [(name, ctypes.c_int64) for name in FIELDS]
+
+
+def stored_head_dim(head_dim: int) -> int:
+    """The dimensions that a page's keys and values have room for: whole blocks of them."""
+    return -(-head_dim // COLUMNS) * COLUMNS
 
 
 def most_tasks(
@@ -228,17 +236,22 @@ def _shrink(typing_context: Any, row: Any, factor: Any) -> Any:
     return types.void(types.int64, types.float32), generate
 
 
-@intrinsic
-def _store_attended(typing_context: Any, row: Any, output: Any, factor: Any) -> Any:
-    """Multiply float32 [64] and store it as bfloat16."""
+@intrinsic(prefer_literal=True)
+def _store_attended(
+    typing_context: Any, row: Any, output: Any, factor: Any, num_columns: Any
+) -> Any:
+    """Multiply float32 [64] and store the first `num_columns` as bfloat16, and nothing behind."""
+    num = num_columns.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address, target, scalar = arguments
+        address, target, scalar = arguments[:3]
         for part, values in enumerate(_scaled(builder, address, scalar)):
-            store_rounded(builder, values, target, INT64(part))
+            count = min(WIDTH, num - part * WIDTH)
+            if count > 0:
+                store_rounded(builder, values, target, INT64(part), count=count)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.float32), generate
+    return types.void(types.int64, types.int64, types.float32, types.literal(num)), generate
 
 
 def _scaled(builder: Any, address: Any, scalar: Any) -> list[Any]:
@@ -250,14 +263,16 @@ def _scaled(builder: Any, address: Any, scalar: Any) -> list[Any]:
 def compile_attend(units: ProductUnits, *, group: int, head_dim: int) -> Any:
     """The function that takes the address of `PairAttentionArguments` and fills `output`.
 
-    `group` query heads share a key/value head; `head_dim` is a multiple of 64. The rows of a task
+    `group` query heads share a key/value head; `head_dim` is even. The rows of a task
     are the queries of its tokens, by key/value head.
     """
     lowest, one = np.float32(-np.inf), np.float32(1.0)
     scale = np.float32(head_dim**-0.5 * math.log2(math.e))
     row_bytes = 2 * head_dim
-    page_bytes = row_bytes * PAGE_SIZE
-    num_blocks = head_dim // COLUMNS  # of a page's values, and of what is attended
+    page_bytes = 2 * stored_head_dim(head_dim) * PAGE_SIZE
+    num_blocks = stored_head_dim(head_dim) // COLUMNS  # of a page's values and what is attended
+    last_columns = head_dim - (num_blocks - 1) * COLUMNS
+    last_block = num_blocks - 1
     block_bytes = page_bytes // num_blocks
     kind = UNITS.index(units)
     tokens_of_task = _tokens_of_task(units, group)
@@ -414,8 +429,12 @@ def compile_attend(units: ProductUnits, *, group: int, head_dim: int) -> Any:
                 head = (first_head + kv_head) * group + row % group
                 target = call[OUTPUT] + (first + row // group) * token_bytes + head * row_bytes
                 share = one / state[kv_head, row, 1]
-                for block in range(num_blocks):
-                    _store_attended(place + block * sums_bytes, target + block * COLUMNS * 2, share)
+                for block in range(last_block):
+                    columns = target + block * COLUMNS * 2
+                    _store_attended(place + block * sums_bytes, columns, share, COLUMNS)
+                # Right behind this head lies the next one, which another thread may have stored.
+                columns = target + last_block * COLUMNS * 2
+                _store_attended(place + last_block * sums_bytes, columns, share, last_columns)
 
     return compiled(attend)
 
@@ -460,9 +479,9 @@ def num_write_tasks(*, num_tokens: int, num_kv_heads: int) -> int:
 
 def compile_write(*, head_dim: int) -> Any:
     """The function that takes the address of `PairWriteArguments` and fills slots."""
-    num_pairs, num_parts = head_dim // 2, head_dim // COLUMNS
+    num_pairs, num_parts = head_dim // 2, stored_head_dim(head_dim) // COLUMNS
     row_bytes = 2 * head_dim
-    page_bytes = row_bytes * PAGE_SIZE
+    page_bytes = 2 * stored_head_dim(head_dim) * PAGE_SIZE
 
     def write(address: Any) -> None:
         call = carray(address, (NUM_WRITE_FIELDS,), np.int64)
@@ -484,16 +503,16 @@ def compile_write(*, head_dim: int) -> Any:
                 for pair in range(num_pairs):
                     keys[pair, offset] = new_key[pair]
                 start = token * call[VALUE_BYTES] + head * row_bytes
-                new_value = carray(
-                    pointer(call[NEW_VALUES] + start), (num_parts, COLUMNS), np.uint16
-                )
+                new_value = carray(pointer(call[NEW_VALUES] + start), (head_dim,), np.uint16)
                 values = carray(
                     pointer(call[VALUES] + block),
                     (num_parts, PAGE_SIZE // 2, COLUMNS, 2),
                     np.uint16,
                 )
                 for part in range(num_parts):
-                    for column in range(COLUMNS):
-                        values[part, offset // 2, column, offset % 2] = new_value[part, column]
+                    first_column = part * COLUMNS
+                    for column in range(min(COLUMNS, head_dim - first_column)):
+                        number = new_value[first_column + column]
+                        values[part, offset // 2, column, offset % 2] = number
 
     return compiled(write)

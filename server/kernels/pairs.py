@@ -205,11 +205,20 @@ def _load_pairs(builder: Any, line: Any, part: int) -> Any:
     return builder.bitcast(builder.load(pointer, align=4), _PAIRS)
 
 
-def store_rounded(builder: Any, values: Any, address: Any, index: Any) -> None:
-    """Sixteen float32 as bfloat16 to the nearest, the `index`-th sixteen from an address on."""
+def store_rounded(
+    builder: Any, values: Any, address: Any, index: Any, *, count: int = WIDTH
+) -> None:
+    """Sixteen float32 as bfloat16 to the nearest, the `index`-th sixteen from an address on.
+
+    Only the first `count` of them, and nothing behind.
+    """
     kind = ir.VectorType(_BFloat(), WIDTH)
     function = ir.FunctionType(kind, [_SUMS])
     intrinsic_name = "llvm.x86.avx512bf16.cvtneps2bf16.512"
     rounded = builder.call(builder.module.declare_intrinsic(intrinsic_name, (), function), [values])
+    if count < WIDTH:
+        first = ir.Constant(vector(INT32, count), list(range(count)))
+        rounded = builder.shuffle_vector(rounded, ir.Constant(kind, ir.Undefined), first)
+        kind = ir.VectorType(_BFloat(), count)
     place = builder.add(address, builder.mul(index, INT64(2 * WIDTH)))
     builder.store(rounded, builder.inttoptr(place, kind.as_pointer()), align=2)

@@ -17,7 +17,7 @@ from server.kernels.machine import Call, run
 from server.model.decoder import Decoder, DecoderLayer
 from server.model.layers import RMSNorm
 from server.model.packed import PackedLinear
-from server.model.pointwise import norm_call, rotate_call
+from server.model.pointwise import gate_call, norm_call, rotate_call
 
 
 def compile_decoder(decoder: Decoder) -> CompiledDecoder | None:
@@ -69,7 +69,7 @@ class CompiledDecoder(nn.Module):
                 layer.backend.attend_call(queries, room.attended, cache, attention),
                 layer.attended.call(room.attended.flatten(1), room.product),
                 _norm(layer.inner_norm, hidden, room.normed, added=room.product),
-                layer.gates.call(room.normed, room.gated, is_gated=True),
+                *_gated(layer.gates, room),
                 layer.down.call(room.gated, room.product),
             ]
             product = room.product
@@ -101,7 +101,7 @@ def _parts(layer: DecoderLayer) -> _Layer | None:
     backend = attention.backend
     if qkv is None or attended is None or gates is None or down is None:
         return None
-    if not gates.can_gate or not isinstance(backend, PairBackend):
+    if not isinstance(backend, PairBackend):
         return None
     return _Layer(
         backend=backend,
@@ -130,6 +130,7 @@ class _Room:
     rotated: Tensor
     attended: Tensor
     product: Tensor
+    gates: Tensor
     gated: Tensor
 
     @classmethod
@@ -143,11 +144,19 @@ class _Room:
             rotated=empty(layer.num_heads + layer.num_kv_heads, layer.head_dim),
             attended=empty(layer.num_heads, layer.head_dim),
             product=empty(layer.down.out_features),
+            # Gates and values; nothing where they are multiplied before they are stored.
+            gates=empty(0 if layer.gates.can_gate else layer.gates.out_features),
             gated=empty(layer.down.in_features),
         )
 
     def first(self, num_tokens: int) -> _Room:
         return _Room(*(getattr(self, each.name)[:num_tokens] for each in fields(self)))
+
+
+def _gated(gates: PackedLinear, room: _Room) -> list[Call]:
+    if gates.can_gate:
+        return [gates.call(room.normed, room.gated, is_gated=True)]
+    return [gates.call(room.normed, room.gates), gate_call(room.gates, room.gated)]
 
 
 def _norm(norm: RMSNorm, hidden: Tensor, output: Tensor, *, added: Tensor | None) -> Call:

@@ -45,10 +45,15 @@ def norm_call(
 
 def gate(gates_and_values: Tensor) -> Tensor:
     """[tokens, 2 * size], contiguous -> SiLU of the first halves times the second ones."""
-    size = gates_and_values.shape[1] // 2
-    output = gates_and_values.new_empty(len(gates_and_values), size)
-    run([_call(_compiled_gate(size, gates_and_values.dtype), gates_and_values, output)])
+    output = gates_and_values.new_empty(len(gates_and_values), gates_and_values.shape[1] // 2)
+    run([gate_call(gates_and_values, output)])
     return output
+
+
+def gate_call(gates_and_values: Tensor, output: Tensor) -> Call:
+    """As `gate`, into `output`, contiguous."""
+    function = _compiled_gate(output.shape[1], gates_and_values.dtype)
+    return _call(function, gates_and_values, output)
 
 
 def rotate(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

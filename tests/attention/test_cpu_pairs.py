@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from server.attention.backend import AttentionInputs, LayerCache, choose_backend
 from server.attention.cpu_pairs import PAGE_SIZE, PairBackend
 from server.errors import ConfigError
 from server.kernels import machine
-from server.kernels.machine import ProductUnits, product_units
+from server.kernels.machine import ProductUnits, product_units, run
 from tests.attention.scenes import LENGTHS, Scene, attend, build_scene, expected
 
 pytestmark = pytest.mark.skipif(
@@ -46,9 +47,19 @@ def scene(
     )
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+HEAD_DIMS = [64, 40, 72, 80, 128]
+"""Whole blocks, and what is more or less by whole vectors, by halves of one and by other parts."""
+
+
 @pytest.mark.parametrize("lengths", [*LENGTHS.values(), EDGES], ids=[*LENGTHS, "edges"])
-@pytest.mark.parametrize("heads", [(6, 2), (4, 4), (8, 1), (7, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "head_dim"),
+    [
+        *itertools.product([(6, 2), (4, 4), (8, 1), (7, 1)], [64, 40]),
+        *itertools.product([(6, 2)], [2, 46, 72, 80, 128]),
+    ],
+    ids=str,
+)
 def test_matches_dense_attention(
     heads: tuple[int, int], lengths: list[tuple[int, int]], head_dim: int
 ) -> None:
@@ -74,10 +85,13 @@ def portion(whole: Scene, index: int, first: int, stop: int) -> tuple[Tensor, At
     return whole.queries[begin + first : begin + stop], alone
 
 
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("chunk", [1, 2, 3, 8, 40, 64, 130])
-def test_a_token_gets_the_same_in_portions_of_any_size_and_beside_others(chunk: int) -> None:
+def test_a_token_gets_the_same_in_portions_of_any_size_and_beside_others(
+    chunk: int, head_dim: int
+) -> None:
     """To the bit. Later keys and values lie in the pages already, and must not be seen."""
-    whole = scene([(1, 30), (200, 200), (3, 70)])
+    whole = scene([(1, 30), (200, 200), (3, 70)], head_dim=head_dim)
     together = attend(whole)[1:201]
     cache, backend = whole.inputs.caches[1], whole.backend
     for start in range(0, 200, chunk):
@@ -86,9 +100,11 @@ def test_a_token_gets_the_same_in_portions_of_any_size_and_beside_others(chunk: 
         assert torch.equal(backend.attend(queries, cache, alone), together[start:stop])
 
 
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127])
-def test_what_others_left_in_a_page_does_not_matter(length: int) -> None:
-    clean, used = scene([(1, length)]), scene([(1, length)])
+def test_what_others_left_in_a_page_does_not_matter(length: int, head_dim: int) -> None:
+    """Behind the last position, and beside the last dimension."""
+    clean, used = (scene([(1, length)], head_dim=head_dim) for _ in range(2))
     for number in (torch.nan, torch.inf):
         for each in (used.inputs.caches[1].keys, used.inputs.caches[1].values):
             each.fill_(number)
@@ -115,8 +131,9 @@ def all_slots(one: Scene, count: int) -> Tensor:
     return pages * PAGE_SIZE + positions % PAGE_SIZE
 
 
-def test_writing_touches_only_its_own_slots() -> None:
-    one = scene(LENGTHS["mixed"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_writing_touches_only_its_own_slots(head_dim: int) -> None:
+    one = scene(LENGTHS["mixed"], head_dim=head_dim)
     other: LayerCache = one.inputs.caches[0]
     attend(one)
     assert not other.keys.any()
@@ -130,9 +147,28 @@ def test_writing_touches_only_its_own_slots() -> None:
         )
 
 
-def test_queries_keys_and_values_may_lie_among_others() -> None:
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_nothing_is_written_beyond_a_head(head_dim: int) -> None:
+    """One key/value head's are attended and written where those around them stay as they are."""
+    one = scene([(1, 30), (3, 70)], heads=(1, 1), head_dim=head_dim)
+    expected_output, backend = attend(one), one.backend
+    assert isinstance(backend, PairBackend)
+    room = torch.full((6, 1, head_dim), 7.0, dtype=torch.bfloat16)
+    cache = one.inputs.caches[1]
+    run([backend.attend_call(one.queries, room[1:5], cache, one.inputs)])
+    assert torch.equal(room[1:5], expected_output)
+    assert (room[[0, 5]] == 7).all()
+    for stored in (cache.keys, cache.values):
+        stored.fill_(7)
+    backend.write(one.new_keys, one.new_values, cache, one.inputs)
+    num_written = one.new_keys.numel()
+    assert (cache.keys != 7).sum() == (cache.values != 7).sum() == num_written
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_queries_keys_and_values_may_lie_among_others(head_dim: int) -> None:
     """As they come out of one product."""
-    one, other = scene(EDGES), scene(EDGES)
+    one, other = scene(EDGES, head_dim=head_dim), scene(EDGES, head_dim=head_dim)
     both = torch.cat([other.queries, other.new_keys, other.new_values], dim=1)
     queries, keys, values = both.split_with_sizes([6, 2, 2], dim=1)
     cache = other.inputs.caches[1]
@@ -210,17 +246,17 @@ def test_threads_that_share_the_work_give_the_same(monkeypatch: pytest.MonkeyPat
 
 def test_it_is_chosen_where_it_can_be_had_and_says_why_it_cannot() -> None:
     bfloat16 = torch.bfloat16
-    for head_dim in (64, 128):
+    for head_dim in HEAD_DIMS:
         backend = choose_backend("auto", device="cpu", dtype=bfloat16, head_dim=head_dim)
         assert type(backend) is PairBackend
-    others = [(bfloat16, 56, None), (bfloat16, None, None), (torch.float32, 64, None)]
+    others = [(bfloat16, 57, None), (bfloat16, None, None), (torch.float32, 64, None)]
     for dtype, size, page_size in [*others, (bfloat16, 64, 32)]:
         backend = choose_backend(
             "auto", device="cpu", dtype=dtype, head_dim=size, page_size=page_size
         )
         assert type(backend) is not PairBackend
     refused = {
-        "multiple of 64 dimensions": (bfloat16, 56, None, "cpu"),
+        "an even number of dimensions": (bfloat16, 57, None, "cpu"),
         "needs bfloat16": (torch.float32, 64, None, "cpu"),
         "pages of 64 tokens only": (bfloat16, 64, 32, "cpu"),
         "does not run on the device 'cuda'": (bfloat16, 64, None, "cuda"),

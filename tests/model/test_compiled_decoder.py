@@ -122,9 +122,11 @@ class Steps:
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_it_computes_what_the_decoder_does(head_dim: int, has_bias: bool) -> None:
-    text = config(head_dim=head_dim, has_bias=has_bias)
+@pytest.mark.parametrize(("head_dim", "intermediate_size"), [(64, 192), (128, 192), (40, 208)])
+def test_it_computes_what_the_decoder_does(
+    head_dim: int, intermediate_size: int, has_bias: bool
+) -> None:
+    text = config(head_dim=head_dim, intermediate_size=intermediate_size, has_bias=has_bias)
     plain = Steps(build(text, backend="sdpa", packed=False), text)
     program = Steps(compiled(build(text)), text)
     for spans in ([(0, 0, 70), (1, 0, 5)], [(0, 70, 71), (1, 5, 6), (2, 0, 130)], [(2, 130, 131)]):
@@ -150,9 +152,13 @@ def test_only_what_is_asked_for_is_returned() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8, 64, 100])
-def test_a_token_gets_the_same_in_portions_of_any_size_and_beside_others(chunk: int) -> None:
+@pytest.mark.parametrize(
+    "text", [config(), config(head_dim=40, intermediate_size=208)], ids=["blocks", "less"]
+)
+def test_a_token_gets_the_same_in_portions_of_any_size_and_beside_others(
+    text: TextConfig, chunk: int
+) -> None:
     """To the bit, though every number is rounded to 16 of them."""
-    text = config()
     alone = Steps(compiled(build(text)), text).run((0, 0, 200))
     portions = Steps(compiled(build(text)), text)
     states = []
@@ -190,7 +196,7 @@ def test_embedding_and_logits_are_the_decoders_own() -> None:
         (config(), "sdpa", True),
         (config(), "cpu", True),
         (config(), "cpu-pairs", False),
-        (config(intermediate_size=160), "cpu-pairs", True),
+        (config(intermediate_size=164), "cpu-pairs", True),
     ],
 )
 def test_it_is_not_made_where_a_part_has_no_loop(
