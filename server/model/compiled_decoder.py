@@ -118,7 +118,10 @@ def _parts(layer: DecoderLayer) -> _Layer | None:
 
 
 def _with_loop(linear: nn.Module) -> PackedLinear | None:
-    return linear if isinstance(linear, PackedLinear) and linear.has_blocks else None
+    if not isinstance(linear, PackedLinear) or not linear.has_blocks:
+        return None
+    # What fills up the outputs would lie between one row's and the next one's.
+    return linear if linear.num_columns == linear.out_features else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,8 @@ _log = logging.getLogger(__name__)
 class PackedLinear(nn.Module):
     """A linear layer whose weight lies packed, and nowhere else.
 
-    weight [out_features, in_features], bias [out_features].
+    weight [out_features, in_features], bias [out_features]. For our own loop both
+    are filled up with zeros to `num_columns`, whole vectors of outputs.
     """
 
     def __init__(
@@ -37,8 +38,10 @@ class PackedLinear(nn.Module):
         """With the CPU's fastest units, or those named; ValueError where it has not those."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.bias = bias
         chosen = choose_units(weight.dtype, units)
+        if chosen is not None:
+            weight, bias = _filled_up(weight), None if bias is None else _filled_up(bias)
+        self.num_columns, self.bias = len(weight), bias
         # Where a CPU has tiles, oneDNN chooses our blocks only for what it takes for a single row.
         rows_hint = 1 if "tiles" in product_units(weight.dtype) else None
         self._pack(weight, rows_hint=rows_hint)
@@ -49,7 +52,7 @@ class PackedLinear(nn.Module):
         if self.has_blocks:
             from server.kernels.pairs import COLUMNS
 
-            self._block_bytes = self.num_bytes // -(-self.out_features // COLUMNS)
+            self._block_bytes = self.num_bytes // -(-self.num_columns // COLUMNS)
             # Whether each half of the outputs is a number of whole blocks.
             self.can_gate = self.out_features % (2 * COLUMNS) == 0
 
@@ -69,10 +72,11 @@ class PackedLinear(nn.Module):
         rows = hidden.reshape(-1, self.in_features)
         if self.has_blocks and activation == "none":
             rows = rows if rows.stride(1) == 1 else rows.contiguous()
-            projected = rows.new_empty(len(rows), self.out_features)
+            projected = rows.new_empty(len(rows), self.num_columns)
             run([self.call(rows, projected)])
         else:
             projected = self._multiply_by_library(rows, activation, algorithm)
+        projected = projected[:, : self.out_features].contiguous()
         return projected.view(*hidden.shape[:-1], self.out_features)
 
     def gated(self, rows: Tensor) -> Tensor:
@@ -85,14 +89,14 @@ class PackedLinear(nn.Module):
         return output
 
     def call(self, rows: Tensor, output: Tensor, *, is_gated: bool = False) -> Call:
-        """rows [rows, in] into output [rows, out], contiguous, or gated into [rows, out / 2].
+        """rows [rows, in] into output [rows, num_columns], contiguous, or gated into half as many.
 
         Only where it `has_blocks`, or `can_gate`. ValueError for tensors that do not fit.
         """
         from server.kernels.products import MULTIPLIERS, LinearArguments, num_tasks_of
 
         assert self._units is not None  # it has blocks
-        num_rows, num_columns = rows.shape[0], self.out_features // (2 if is_gated else 1)
+        num_rows, num_columns = rows.shape[0], self.num_columns // (2 if is_gated else 1)
         if (
             rows.dtype != torch.bfloat16
             or output.dtype != torch.bfloat16
@@ -136,11 +140,11 @@ class PackedLinear(nn.Module):
         """
         from server.kernels.pairs import COLUMNS, WIDTH
 
-        num_blocks = -(-self.out_features // COLUMNS)
+        num_blocks = -(-self.num_columns // COLUMNS)
         # A block may be filled up behind its last pair.
         block_bytes = self.num_bytes // num_blocks
         if (
-            self.out_features % WIDTH
+            self.num_columns % WIDTH
             or self.in_features % 2
             or self.num_bytes % num_blocks
             or block_bytes < COLUMNS * self.in_features * weight.element_size()
@@ -155,6 +159,16 @@ class PackedLinear(nn.Module):
                 _warn_of_another_order()
                 return False
         return True
+
+
+def _filled_up(outputs: Tensor) -> Tensor:
+    """[out, ...] -> the same with zeros behind, as many as make whole vectors of outputs."""
+    from server.kernels.pairs import WIDTH
+
+    num_missing = -len(outputs) % WIDTH
+    if not num_missing:
+        return outputs
+    return torch.cat([outputs.detach(), outputs.new_zeros(num_missing, *outputs.shape[1:])])
 
 
 @cache

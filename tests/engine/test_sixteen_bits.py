@@ -1,8 +1,8 @@
 """The demo model in bfloat16: how far results go apart when the same is computed in other portions.
 
-In 16 bits every sum is rounded, and portions of another size are summed in another order. What may
-come of it is documented in docs/model.md; in float32 tokens are the same, see test_runner and
-test_demo_model.
+In 16 bits every sum is rounded, and portions of another size are summed in another order, but where
+our own loops compute all of a step. What may come of it is documented in docs/model.md; in float32
+tokens are the same, see test_runner and test_demo_model.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence, StepBudget
 from server.hub import find_checkpoint
+from server.kernels.machine import product_units
 from server.model.checkpoint import load_model, pack_for_cpu
 from server.model.config import read_checkpoint
 
@@ -46,10 +47,15 @@ def logprobs() -> Logprobs:
     info = read_checkpoint(find_checkpoint(None, revision=None, show_progress=False).folder)
 
     def run(
-        *requests: GenerationRequest, dtype: str = "bfloat16", chunk: int = 10_000
+        *requests: GenerationRequest,
+        dtype: str = "bfloat16",
+        chunk: int = 10_000,
+        attention: str = "cpu",
     ) -> dict[str, list[float]]:
         """Of each position of the prompts but the first, by request."""
-        backend = choose_backend(device="cpu")
+        backend = choose_backend(
+            attention, device="cpu", dtype=getattr(torch, dtype), head_dim=info.text.head_dim
+        )
         model = load_model(
             info, device="cpu", dtype=dtype, backend=backend, progress=lambda done, total: None
         )
@@ -120,3 +126,34 @@ def test_neighbours_move_little(
     neighbours = [prompt_of(seed) for seed in range(2, 2 + num_neighbours)]
     alone, together = logprobs(request_), logprobs(request_, *neighbours, chunk=64)
     assert furthest(alone["1"], together["1"]) < TOLERANCE
+
+
+by_pairs = pytest.mark.skipif(
+    not product_units(torch.bfloat16), reason="this CPU does not multiply bfloat16"
+)
+
+
+@by_pairs
+@pytest.mark.parametrize("chunk", [1, 3, 8])
+def test_our_loops_compute_the_same_in_portions_of_any_size(
+    logprobs: Logprobs, request_: GenerationRequest, chunk: int
+) -> None:
+    whole = logprobs(request_, attention="auto")
+    assert logprobs(request_, attention="auto", chunk=chunk) == whole
+
+
+@by_pairs
+@pytest.mark.parametrize("num_neighbours", [1, 6, 31])
+def test_neighbours_do_not_move_what_our_loops_compute(
+    logprobs: Logprobs, request_: GenerationRequest, num_neighbours: int
+) -> None:
+    neighbours = [prompt_of(seed) for seed in range(2, 2 + num_neighbours)]
+    alone = logprobs(request_, attention="auto")
+    together = logprobs(request_, *neighbours, attention="auto", chunk=64)
+    assert together["1"] == alone["1"]
+
+
+@by_pairs
+def test_our_loops_are_close_to_float32(logprobs: Logprobs, request_: GenerationRequest) -> None:
+    exact = logprobs(request_, dtype="float32")
+    assert 0 < furthest(logprobs(request_, attention="auto")["1"], exact["1"]) < TOLERANCE

@@ -365,9 +365,9 @@ def test_private_memory_while_loading_stays_near_the_weights(tmp_path: Path) -> 
 @pytest.mark.skipif(not product_units(torch.bfloat16), reason="this CPU does not multiply bfloat16")
 @pytest.mark.parametrize(
     ("head_dim", "intermediate_size", "is_program"),
-    [(64, 128, True), (64, 96, False), (16, 128, False)],
+    [(64, 128, True), (64, 96, True), (16, 128, True), (16, 100, False)],
 )
-def test_a_decoder_of_whole_blocks_becomes_one_program(
+def test_a_decoder_of_whole_vectors_becomes_one_program(
     tmp_path: Path, head_dim: int, intermediate_size: int, is_program: bool
 ) -> None:
     """And computes what it did before."""

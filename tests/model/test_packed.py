@@ -32,7 +32,10 @@ NUM_ROWS = (1, 5, 6, 7, 13, 16, 17, 48, 97, MOST_ROWS + 1, 300)
 BLOCKS = [(128, 64), (192, 1024), (224, 224), (80, 32), (64, 98), (128, 18), (64, 4096)]
 """Outputs and inputs that lie in blocks, the last of which need not be full."""
 
-NO_BLOCKS = [(100, 64), (64, 33), (8, 2)]
+FILLED_UP = [(100, 64), (8, 2), (1579, 160)]
+"""Which lie in blocks after rows of zeros have been put behind their outputs."""
+
+NO_BLOCKS = [(64, 33), (7, 3)]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -57,7 +60,7 @@ def assert_close(result: Tensor, exact: Tensor) -> None:
 
 @pytest.mark.parametrize("num_rows", NUM_ROWS)
 @pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("shape", [*BLOCKS, *NO_BLOCKS], ids=str)
+@pytest.mark.parametrize("shape", [*BLOCKS, *FILLED_UP, *NO_BLOCKS], ids=str)
 def test_a_layer_is_the_product(shape: tuple[int, int], has_bias: bool, num_rows: int) -> None:
     rows = normal(num_rows, shape[1])
     for units in UNITS or (None,):
@@ -88,7 +91,7 @@ def test_our_tiles_and_those_of_the_library_in_turn(units: ProductUnits) -> None
 
 @needs_product_units
 def test_our_loop_is_taken_where_the_weight_lies_in_blocks() -> None:
-    assert all(layer(*shape)[0].has_blocks for shape in BLOCKS)
+    assert all(layer(*shape)[0].has_blocks for shape in [*BLOCKS, *FILLED_UP])
     assert not any(layer(*shape)[0].has_blocks for shape in NO_BLOCKS)
 
 
@@ -108,7 +111,7 @@ def test_it_is_not_taken_where_something_else_was_packed(caplog: pytest.LogCaptu
 
 @needs_product_units
 @pytest.mark.parametrize("units", UNITS)
-@pytest.mark.parametrize("shape", BLOCKS, ids=str)
+@pytest.mark.parametrize("shape", [*BLOCKS, *FILLED_UP], ids=str)
 def test_a_row_is_computed_as_it_would_be_alone(
     shape: tuple[int, int], units: ProductUnits
 ) -> None:
@@ -132,7 +135,7 @@ def test_gated(num_rows: int, has_bias: bool, units: ProductUnits) -> None:
     assert_close(packed.gated(rows), F.silu(gates) * values)
 
 
-@pytest.mark.parametrize("shape", [(128, 64), (100, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(128, 64), (100, 64), (64, 64)], ids=str)
 def test_rows_may_lie_apart_and_have_any_number_of_dimensions(shape: tuple[int, int]) -> None:
     packed, _, _ = layer(*shape)
     wide = normal(2, 5, 3 * 64)
