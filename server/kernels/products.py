@@ -183,21 +183,23 @@ def compile_linear(units: ProductUnits, *, has_bias: bool, is_gated: bool) -> An
         next_task = call[NEXT_TASK:].ctypes.data
         num_rows, num_columns, num_pairs = call[NUM_ROWS], call[NUM_COLUMNS], call[NUM_PAIRS]
         num_chunks = (num_rows + task_rows - 1) // task_rows
+        num_blocks = (num_columns + COLUMNS - 1) // COLUMNS
         sums, second = stack_room(sums_bytes), stack_room(second_bytes)
         following = fetch_add(next_task)
         while following < call[NUM_TASKS]:
             task = following
             # Taken now already, for its weights to be called into the cache meanwhile.
             following = fetch_add(next_task)
-            block = task // num_chunks
-            chunk = task % num_chunks
+            # All blocks for some rows before the next ones: these rows stay in the second cache,
+            # and the weights that are read meanwhile have been called.
+            chunk, block = task // num_blocks, task % num_blocks
             column = block * COLUMNS
             num_vectors = min(COLUMNS, num_columns - column) // WIDTH
             weight = call[WEIGHT] + block * call[BLOCK_BYTES]
             values_weight = weight + (num_columns // COLUMNS) * call[BLOCK_BYTES]
             next_weight = weight
             if following < call[NUM_TASKS]:
-                next_weight = call[WEIGHT] + following // num_chunks * call[BLOCK_BYTES]
+                next_weight = call[WEIGHT] + following % num_blocks * call[BLOCK_BYTES]
             bias = call[BIAS] + column * 2
             first = chunk * num_rows // num_chunks
             count = (chunk + 1) * num_rows // num_chunks - first
