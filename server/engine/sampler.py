@@ -158,7 +158,10 @@ def _wishes(row: SamplingRow, num_ids: int) -> tuple[float, ...]:
 
 @lru_cache(maxsize=1)
 def _rooms(num_threads: int, room_bytes: int) -> Tensor:
-    """uint8 [threads, bytes], kept: memory that is asked for anew is slow when first used."""
+    """uint8 [threads, bytes], kept: memory that is asked for anew is slow when first used.
+
+    So only one thread at a time may sample: the engine process has one that computes steps.
+    """
     return torch.empty(num_threads, room_bytes, dtype=torch.uint8)
 
 
